@@ -1,0 +1,1 @@
+"""The four services. Each folder is one process; none imports another."""

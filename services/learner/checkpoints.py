@@ -1,0 +1,253 @@
+"""Checkpoints: sharded, whole or absent, and resumable on another number of ranks.
+
+A checkpoint is a folder ``step-<step>-<fence token>`` with the shards that torch's distributed checkpoint wrote and one
+``state.json``: where the learner stood, and size and crc32 of every file. It is written under another name and renamed
+when whole; it counts from the moment the resume pointer in Redis names it, which only the learner that holds the fence
+can move (I12).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+
+from services.learner.batches import ConsumedLeases, Position
+from services.learner.model import parameters
+from services.learner.policy import Policy
+from singlestream.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE_FILE = "state.json"
+_NAME = re.compile(r"^step-(\d{8})-([0-9a-f]+)$")
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """All of the learner's state but its tensors.
+
+    Args:
+        step: optimizer steps taken, skipped ones included.
+        z: the drift clock.
+        optimizer_steps: steps that the optimizer applied.
+        position: in the trajectory stream.
+    """
+
+    step: int
+    z: float
+    optimizer_steps: int
+    position: Position
+
+
+def checkpoint_name(step: int, token: str) -> str:
+    """Folder name of a checkpoint."""
+    return f"step-{step:08d}-{token}"
+
+
+def step_of(name: str) -> int:
+    """Step in a checkpoint's name. Raises `CheckpointError` for any other name."""
+    match = _NAME.match(name)
+    if match is None:
+        raise CheckpointError(f"{name!r} is no name of a checkpoint")
+    return int(match[1])
+
+
+def fingerprint(run: str, policy: Policy) -> str:
+    """What a checkpoint must share with the run that loads it: the run's name, and every parameter's name and shape."""
+    shapes = [(name, list(parameter.shape)) for name, parameter in parameters(policy.model)]
+    return hashlib.sha256(json.dumps([run, shapes]).encode()).hexdigest()
+
+
+def _tensors(policy: Policy) -> dict[str, torch.Tensor]:
+    """Masters and both moments of every parameter, sharded as they are; loading fills these very tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters(policy.model):
+        state = policy.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"exp_avg.{name}"] = state["exp_avg"]
+        tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
+    return tensors
+
+
+def optimizer_steps(policy: Policy) -> int:
+    """Steps that the optimizer applied."""
+    states = [policy.optimizer.state[parameter] for _, parameter in parameters(policy.model)]
+    return max((int(state["step"]) for state in states if state), default=0)
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+class Checkpoints:
+    """Writes, finds, checks and loads the checkpoints of one run.
+
+    Args:
+        folder: holds one folder a checkpoint.
+        run: name of the run.
+        policy: whose tensors are saved and loaded.
+        keep: newest checkpoints kept.
+    """
+
+    def __init__(self, folder: Path, run: str, policy: Policy, keep: int) -> None:
+        self.folder, self.policy, self.keep = folder, policy, keep
+        self.fingerprint = fingerprint(run, policy)
+
+    def save(
+        self, step: int, z: float, position: Position | None, token: str, point: Callable[[str, str], None]
+    ) -> str:
+        """Write one checkpoint. Collective.
+
+        Args:
+            step: optimizer steps taken.
+            z: the drift clock.
+            position: rank 0's; None elsewhere.
+            token: fence token, the same on every rank.
+            point: moves the resume pointer, given the name and the cursor of the oldest one kept; rank 0 calls it.
+
+        Returns:
+            The checkpoint's name.
+        """
+        name = checkpoint_name(step, token)
+        beside = self.folder / f".{name}.partial"
+        if position is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        writer = FileSystemWriter(beside, single_file_per_rank=True, sync_files=True)
+        dcp.save(_tensors(self.policy), storage_writer=writer)
+        if position is None:
+            return name
+        files = {
+            path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+            for path in sorted(beside.iterdir())
+            if path.name != STATE_FILE
+        }
+        state = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "step": step,
+            "z": z,
+            "optimizer_steps": optimizer_steps(self.policy),
+            "cursor": position.cursor,
+            "consumed": position.consumed.to_json(),
+            "ended": position.ended,
+            "ranks": self.policy.ranks.world,
+            "rng": torch.get_rng_state().numpy().tobytes().hex(),
+            "files": files,
+        }
+        (beside / STATE_FILE).write_text(json.dumps(state))
+        final = self.folder / name
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        kept = self._kept(step)
+        point(name, self._cursor(kept[-1]))
+        self._remove_others(kept)
+        return name
+
+    def _named(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=lambda p: p.name)
+
+    def _kept(self, step: int) -> list[Path]:
+        """The newest checkpoints up to ``step``, newest first; those beyond it belong to no surviving lineage."""
+        lineage = [
+            path for path in self._named() if step_of(path.name) <= step and self.problem(path, deep=False) == ""
+        ]
+        newest_first = sorted(lineage, key=lambda p: (step_of(p.name), p.stat().st_mtime_ns), reverse=True)
+        return newest_first[: self.keep]
+
+    def _remove_others(self, kept: list[Path]) -> None:
+        for path in self._named():
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _cursor(self, path: Path) -> str:
+        return str(self._state(path)["cursor"])
+
+    def _state(self, path: Path) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+        return state
+
+    def problem(self, path: Path, deep: bool = True) -> str:
+        """What is wrong with a checkpoint; empty where it can be loaded. ``deep`` reads every byte for its checksum."""
+        try:
+            state = self._state(path)
+        except (OSError, ValueError) as error:
+            return f"{path.name}: {STATE_FILE} cannot be read: {error}"
+        if state.get("format") != FORMAT:
+            return f"{path.name}: format {state.get('format')!r}; this build reads {FORMAT}"
+        if state.get("fingerprint") != self.fingerprint:
+            return f"{path.name}: it belongs to another run or another model"
+        for name, expected in state["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{path.name}: {name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{path.name}: {name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+            if deep and _crc32(file) != expected["crc32"]:
+                return f"{path.name}: {name} fails its checksum"
+        return ""
+
+    def choose(self, pointer: str | None) -> str | None:
+        """Name of the checkpoint to resume from: the one pointed to, or else the newest good one before it.
+
+        Args:
+            pointer: what the resume pointer holds; None before the first checkpoint: the run starts afresh.
+
+        Raises:
+            CheckpointError: none can be used; says what is wrong with each.
+        """
+        if pointer is None:
+            if ignored := [path.name for path in self._named()]:
+                log.warning("no resume pointer in redis: starting afresh, ignoring %s", ", ".join(ignored))
+            return None
+        last = step_of(pointer)
+        older = [path for path in self._named() if step_of(path.name) <= last and path.name != pointer]
+        older.sort(key=lambda path: (step_of(path.name), path.stat().st_mtime_ns), reverse=True)
+        problems = []
+        for path in (self.folder / pointer, *older):
+            problem = self.problem(path)
+            if not problem:
+                return path.name
+            log.error("checkpoint refused: %s", problem)
+            problems.append(problem)
+        raise CheckpointError(
+            f"none of the checkpoints in {self.folder} can be used: {'; '.join(problems)}. Restore one, or start a run "
+            "of another name"
+        )
+
+    def load(self, name: str) -> LearnerState:
+        """Fill the policy's tensors, from any number of ranks, and return the rest of the state. Collective."""
+        path = self.folder / name
+        dcp.load(_tensors(self.policy), storage_reader=FileSystemReader(path))
+        state = self._state(path)
+        for _, parameter in parameters(self.policy.model):
+            self.policy.optimizer.state[parameter]["step"].fill_(state["optimizer_steps"])
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
+        position = Position(state["cursor"], ConsumedLeases.from_json(state["consumed"]), state["ended"])
+        return LearnerState(state["step"], state["z"], state["optimizer_steps"], position)

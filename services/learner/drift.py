@@ -1,0 +1,84 @@
+"""The drift clock: how far one update moved the policy, in units of the drift that halves old evidence.
+
+At each publication the clock z advances by mean |log π_{k+1} − log π_k| / D_half over a probe of action tokens. The
+probe is the beginning of the *next* batch, since a batch just trained on reads 1.1–1.6 × high (DESIGN.md, ``drift``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from services.learner.policy import Policy
+from services.learner.samples import Sample
+
+Source = Literal["next_batch", "trained_batch"]
+
+
+def choose_probe(samples: Sequence[Sample], most_tokens: int) -> list[Sample]:
+    """The first samples, whole, while their action tokens stay within ``most_tokens``; at least one that has any."""
+    chosen: list[Sample] = []
+    tokens = 0
+    for sample in samples:
+        if sample.action_tokens == 0:
+            continue
+        if chosen and tokens + sample.action_tokens > most_tokens:
+            break
+        chosen.append(sample)
+        tokens += sample.action_tokens
+    return chosen
+
+
+@dataclass
+class DriftClock:
+    """z and the unit it counts in.
+
+    Args:
+        d_half: mean |Δ log p| that halves old evidence.
+        z: dimensionless; never decreases.
+    """
+
+    d_half: float
+    z: float = 0.0
+
+    def advance(self, drift: float) -> float:
+        """Add one publication's drift; returns the new z. A drift that is not finite counts as none."""
+        if drift > 0 and drift != float("inf"):
+            self.z += drift / self.d_half
+        return self.z
+
+
+class Probe:
+    """Scores the same tokens in the same micro-batches before and after a step. Collective.
+
+    Args:
+        policy: the policy under training.
+        samples: what to score.
+        source: where the samples came from.
+    """
+
+    def __init__(self, policy: Policy, samples: Sequence[Sample], source: Source) -> None:
+        self.policy, self.source = policy, source
+        self._micro_batches = policy.micro_batches(samples) if samples else []
+        self._before = policy.logprobs(self._micro_batches)
+
+    def drift(self) -> float:
+        """Mean |log π_now − log π_then| over the probe's action tokens, over all ranks; 0 without any."""
+        total = torch.zeros(2, dtype=torch.float64)
+        after = self.policy.logprobs(self._micro_batches)
+        for micro, then_A, now_A in zip(self._micro_batches, self._before, after, strict=True):
+            if micro.samples:
+                total += torch.stack([(now_A - then_A).abs().double().sum().cpu(), torch.tensor(float(len(now_A)))])
+        self.policy.ranks.sum(total)
+        return float(total[0] / total[1]) if total[1] else 0.0
+
+
+def make_probe(policy: Policy, upcoming: Sequence[Sample], trained: Sequence[Sample], most_tokens: int) -> Probe:
+    """Score, before the step, what has arrived of the next batch; the batch about to be trained where nothing has."""
+    chosen = choose_probe(upcoming, most_tokens)
+    if chosen:
+        return Probe(policy, chosen, "next_batch")
+    return Probe(policy, choose_probe(trained, most_tokens), "trained_batch")

@@ -1,0 +1,133 @@
+"""Rank 0's HTTP: ``/metrics`` for Prometheus, ``/healthz`` and ``/readyz``, on loopback."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
+
+from services.learner.redis_link import Status
+from singlestream.errors import ConfigError
+
+GAUGES = {
+    "step": ("step", "Optimizer steps taken"),
+    "loss": ("loss", "Policy loss of the last batch"),
+    "reward_mean": ("reward_mean_ratio", "Mean reward of the last batch"),
+    "entropy": ("entropy_nats", "Mean entropy of a sample of action tokens"),
+    "grad_norm": ("grad_norm", "Gradient norm before clipping"),
+    "lr": ("learning_rate", "Learning rate"),
+    "approx_kl": ("approx_kl_nats", "Mean of r - 1 - log r over trained tokens"),
+    "clip_low_share": ("clip_low_ratio", "Trained tokens held back by the lower clip"),
+    "clip_high_share": ("clip_high_ratio", "Trained tokens held back by the upper clip"),
+    "clip_dual_share": ("clip_dual_ratio", "Trained tokens held back by the dual clip"),
+    "logprob_shift_mean": ("logprob_shift_mean_nats", "Mean |log p learner - log p engine| of trained tokens"),
+    "logprob_shift_max": ("logprob_shift_max_nats", "Largest |log p learner - log p engine| of trained tokens"),
+    "importance_weight_mean": ("importance_weight_mean", "Mean importance weight of trained tokens"),
+    "importance_weight_clipped_share": ("importance_weight_clipped_ratio", "Weights at the truncation"),
+    "importance_weight_masked_share": ("importance_weight_masked_ratio", "Weights that are zero"),
+    "ess": ("effective_sample_size_ratio", "(sum w)^2 / (n sum w^2) over trained tokens"),
+    "staleness_mean": ("staleness_mean_updates", "Mean staleness of trained tokens"),
+    "staleness_max": ("staleness_max_updates", "Largest staleness of a trained token"),
+    "tokens_per_s": ("tokens_per_second", "Tokens of the batch over the seconds of the step without waiting"),
+    "learner_idle_ratio": ("idle_ratio", "Share of the step that was waiting"),
+    "drift": ("drift_nats", "Mean |log pi_new - log pi_old| on the probe"),
+    "z": ("drift_clock", "Drift clock z"),
+    "wait_s": ("wait_seconds", "Seconds the last step waited for trajectories"),
+    "forward_backward_s": ("forward_backward_seconds", "Seconds of forward, backward and optimizer"),
+    "publish_s": ("publish_seconds", "Seconds of the last publication"),
+    "checkpoint_s": ("checkpoint_seconds", "Seconds of the last checkpoint; 0 where none was written"),
+}
+"""Field of ``steps.jsonl`` → (metric after ``singlestream_learner_``, what it is)."""
+COUNTERS = {
+    "trajectories": ("trajectories", "Trajectories trained"),
+    "stale": ("stale_trajectories", "Trajectories counted but too old to train"),
+    "action_tokens": ("action_tokens", "Action tokens of trained trajectories"),
+    "masked_tokens": ("masked_tokens", "Action tokens masked for their age"),
+    "skipped": ("skipped_steps", "Steps skipped because something was not finite"),
+}
+PERCENTILES = (10, 30, 50, 70, 90)
+
+
+class Metrics:
+    """The learner's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        prefix = "singlestream_learner_"
+        self._gauges = {
+            field: Gauge(prefix + name, text, registry=self.registry) for field, (name, text) in GAUGES.items()
+        }
+        self._counters = {
+            field: Counter(prefix + name, text, registry=self.registry) for field, (name, text) in COUNTERS.items()
+        }
+        self._advantage = Gauge(
+            prefix + "advantage", "Percentiles of A before normalisation", ["percentile"], registry=self.registry
+        )
+
+    def observe(self, record: dict[str, Any]) -> None:
+        """Take over one record of ``steps.jsonl``."""
+        for field, gauge in self._gauges.items():
+            gauge.set(record[field])
+        for field, counter in self._counters.items():
+            counter.inc(record[field])
+        for percentile in PERCENTILES:
+            self._advantage.labels(str(percentile)).set(record[f"advantage_p{percentile}"])
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return bytes(generate_latest(self.registry))
+
+
+def _handler(metrics: Metrics, status: Status) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/metrics":
+                self._reply(200, CONTENT_TYPE_LATEST, metrics.text())
+            elif self.path == "/healthz":
+                self._reply(200, "application/json", status.to_json().encode())
+            elif self.path == "/readyz":
+                ready = status.state != "starting"
+                body = {"ready": ready, "state": status.state, "waiting_for": status.waiting_for or None}
+                if not ready:
+                    body["waiting_for"] = "the first publication of weights"
+                self._reply(200 if ready else 503, "application/json", json.dumps(body).encode())
+            else:
+                self._reply(404, "text/plain", b"paths: /metrics /healthz /readyz\n")
+
+        def _reply(self, code: int, kind: str, body: bytes) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Requests of a scraper are no events."""
+
+    return Handler
+
+
+class MetricsServer:
+    """Serves `Metrics` on a thread until closed.
+
+    Raises:
+        ConfigError: the port cannot be bound; says which and why.
+    """
+
+    def __init__(self, metrics: Metrics, status: Status, port: int) -> None:
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(metrics, status))
+        except OSError as error:
+            raise ConfigError(f"learner.metrics_port: cannot bind 127.0.0.1:{port}: {error.strerror}") from error
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)

@@ -1,0 +1,211 @@
+"""Any Hugging Face causal language model, sharded with FSDP2, that returns log-probs of chosen tokens.
+
+Axes: B rows, T tokens of a row, A action tokens of the micro-batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from singlestream.config import LearnerConfig
+from singlestream.errors import ConfigError, WeightsError
+
+PREFIX = "lm."
+"""What `Scorer` puts before the names of the Hugging Face model's parameters."""
+
+ENTROPY_TOKENS = 256
+"""Action tokens of a micro-batch on which the entropy is measured: it needs the whole distribution."""
+
+
+def chunk_logprobs(
+    hidden_AH: torch.Tensor, head_VH: torch.Tensor, targets_A: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The log softmax(h·Wᵀ/temperature) at the targets, in fp32 from the logits on."""
+    logits_AV = (hidden_AH @ head_VH.t()).float() / temperature
+    chosen_A = logits_AV.gather(-1, targets_A[:, None])[:, 0]
+    return chosen_A - logits_AV.logsumexp(-1)
+
+
+def mean_entropy(hidden_AH: torch.Tensor, head_VH: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Mean entropy in nats over at most `ENTROPY_TOKENS` evenly spaced tokens, without gradient."""
+    stride = -(-hidden_AH.shape[0] // ENTROPY_TOKENS)
+    with torch.no_grad():
+        logprobs_AV = ((hidden_AH[::stride] @ head_VH.t()).float() / temperature).log_softmax(-1)
+        return -(logprobs_AV.exp() * logprobs_AV).sum(-1).mean()
+
+
+class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
+    """Log-probs of the action tokens, with no more than ``chunk_tokens`` rows of logits in memory at a time.
+
+    Args:
+        lm: a causal language model of transformers.
+        temperature: of the sampling that is scored.
+        chunk_tokens: rows of one chunk; each is computed again in the backward pass.
+    """
+
+    def __init__(self, lm: nn.Module, temperature: float, chunk_tokens: int) -> None:
+        super().__init__()
+        self.lm, self.temperature, self.chunk_tokens = lm, temperature, chunk_tokens
+
+    def forward(
+        self,
+        token_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor | None,
+        before_A: torch.Tensor,
+        targets_A: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score action tokens.
+
+        Args:
+            token_ids_BT: rows, padded on the right (causal attention never looks there), or one packed row.
+            position_ids_BT: restarting at each trajectory of a packed row; None for padded rows.
+            before_A: index into the flattened rows of the token before each action token.
+            targets_A: the action tokens; at least one.
+
+        Returns:
+            (log-probs [A] in fp32, mean entropy in nats of a sample of them).
+        """
+        base = getattr(self.lm, self.lm.base_model_prefix)
+        output = base(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False)
+        hidden_AH = output.last_hidden_state.flatten(0, 1)[before_A]
+        head_VH = self.lm.get_output_embeddings().weight
+        parts = []
+        for start in range(0, len(targets_A), self.chunk_tokens):
+            rows = slice(start, start + self.chunk_tokens)
+            arguments = (hidden_AH[rows], head_VH, targets_A[rows], self.temperature)
+            if torch.is_grad_enabled() and len(targets_A) > self.chunk_tokens:
+                parts.append(checkpoint(chunk_logprobs, *arguments, use_reentrant=False))
+            else:
+                parts.append(chunk_logprobs(*arguments))
+        return torch.cat(parts), mean_entropy(hidden_AH, head_VH, self.temperature)
+
+
+def _refuse_unsupported(config: Any) -> None:
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(f"run.model: {name} = {getattr(config, name)}: the learner scores plain logits only")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ConfigError("run.model: attention_dropout must be 0: scores would differ from pass to pass")
+
+
+def load_policy(
+    folder: Path, settings: LearnerConfig, temperature: float, mesh: DeviceMesh, device: torch.device
+) -> Scorer:
+    """Shard a model over the mesh and fill each rank's part from the checkpoint's files.
+
+    No rank ever holds the whole model: it is built without storage, sharded per block, and read by slices. Masters are
+    fp32; ``settings.compute_dtype`` is that of the passes; gradients are reduced in fp32 and **summed** over ranks.
+
+    Args:
+        folder: Hugging Face folder with safetensors.
+        settings: the learner's.
+        temperature: of the scored sampling.
+        mesh: one-dimensional, of all ranks.
+        device: where the shards live.
+
+    Raises:
+        ConfigError: the folder or its architecture cannot be used.
+        WeightsError: the files lack a parameter or have it in another shape.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run.model: {folder}: {error}") from error
+    _refuse_unsupported(config)
+    with init_empty_weights(include_buffers=False):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lm.tie_weights()
+    lm.train(settings.gradient_checkpointing)
+    if settings.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    scorer = Scorer(lm, temperature, settings.logprob_chunk_tokens)
+    _shard(scorer, settings, mesh)
+    _materialise(scorer, device)
+    _fill(scorer, folder)
+    return scorer
+
+
+def _shard(scorer: Scorer, settings: LearnerConfig, mesh: DeviceMesh) -> None:
+    dtype = getattr(torch, settings.compute_dtype)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    blocks = set(scorer.lm._no_split_modules or ())
+    for module in [one for one in scorer.modules() if type(one).__name__ in blocks]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):  # not recursive: on the root alone it would scale wrongly, in silence
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _materialise(scorer: Scorer, device: torch.device) -> None:
+    """Give the shards storage; buffers (rotary frequencies) were computed at construction and keep their values."""
+    buffers = {name: buffer.clone() for name, buffer in scorer.named_buffers()}
+    scorer.to_empty(device=device)
+    for name, buffer in scorer.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Which file holds which parameter."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ConfigError(f"run.model: {folder} holds no model.safetensors")
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _fill(scorer: Scorer, folder: Path) -> None:
+    files = _files(folder)
+    opened: dict[Path, Any] = {}
+    for name, parameter in parameters(scorer):
+        if name not in files:
+            raise WeightsError(f"{folder} has no parameter {name}, which its architecture needs")
+        if files[name] not in opened:
+            opened[files[name]] = safe_open(files[name], "pt")
+        stored = opened[files[name]].get_slice(name)
+        if list(stored.get_shape()) != list(parameter.shape):
+            raise WeightsError(f"{folder}: {name} has shape {stored.get_shape()}, not {list(parameter.shape)}")
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        local = parameter.to_local()
+        if local.numel():
+            local.detach().copy_(stored[offset[0] : offset[0] + shape[0]])
+
+
+def parameters(scorer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name as the Hugging Face checkpoint spells it, sharded parameter), layer by layer; a tied tensor comes once."""
+    for name, parameter in scorer.named_parameters():
+        yield name.removeprefix(PREFIX), parameter
+
+
+def full_tensors(scorer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor on the CPU in ``dtype``), one by one. Collective: every rank must run it to its end."""
+    for name, parameter in parameters(scorer):
+        whole = parameter.detach().to(dtype)
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        yield name, whole.cpu().contiguous()
+
+
+def count_parameters(scorer: nn.Module) -> int:
+    """Parameters of the whole model, tied ones once."""
+    return sum(parameter.numel() for _, parameter in parameters(scorer))

@@ -1,0 +1,79 @@
+"""What the learner's ranks say to each other: bytes and sums, never pickled objects."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+class Ranks:
+    """This process among its peers.
+
+    Args:
+        timeout_s: a collective that takes longer ends the process; a peer's death is noticed at once.
+
+    Without ``RANK`` in the environment (no launcher) this is the only rank, and no port is opened.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # rendezvous, flags and messages travel on CPU tensors
+        backend = "cpu:gloo,cuda:nccl" if self.backend == "nccl" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cpu")
+        if self.backend == "nccl":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone talks to Redis."""
+        return bool(self.rank == 0)
+
+    def mesh(self) -> DeviceMesh:
+        """One dimension over all ranks."""
+        return init_device_mesh(self.device.type, (self.world,))
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        if self.world == 1:
+            return data or b""
+        size = torch.tensor([len(data or b"")], dtype=torch.int64)
+        dist.broadcast(size, 0)
+        if self.first:
+            buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: int(size)]
+        else:
+            buffer = torch.empty(int(size), dtype=torch.uint8)
+        if len(buffer):
+            dist.broadcast(buffer, 0)
+        return bytes(buffer.numpy().tobytes())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over ranks of a CPU tensor, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum over ranks of a CPU tensor, in place."""
+        if self.world > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.max(torch.tensor([float(flag)]))[0] > 0)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""``python -m services.rollout [--config FILE] [--no-ray]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+log = logging.getLogger("services.rollout")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the service; returns the exit code: 0 after an orderly stop, 1 if an engine failed, 2 for a wrong setting."""
+    parser = argparse.ArgumentParser(prog="python -m services.rollout", description=__doc__)
+    parser.add_argument("--config", type=Path, help="TOML file of the run; else SINGLESTREAM_CONFIG names it")
+    parser.add_argument("--no-ray", action="store_true", help="one replica in this process, without Ray Serve")
+    options = parser.parse_args(argv)
+
+    from singlestream.config import load_config
+    from singlestream.errors import ConfigError, SinglestreamError
+    from singlestream.telemetry import setup_logging
+
+    setup_logging("rollout")
+    try:
+        config = load_config(options.config)
+        if options.no_ray:
+            from services.rollout.process_env import apply_engine_variables
+
+            apply_engine_variables(config)
+            from services.rollout.single import run_single
+
+            return run_single(config)
+        from services.rollout.serve import run_serve
+
+        return run_serve(config)
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    except SinglestreamError as error:
+        log.error("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

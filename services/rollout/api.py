@@ -1,0 +1,81 @@
+"""The HTTP interface of a replica, the same with and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, HTTPException, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+
+from services.rollout.generation import EngineDead
+from singlestream.contracts import Sampling
+from singlestream.errors import ConfigError, SandboxError
+
+if TYPE_CHECKING:
+    from services.rollout.replica import Replica
+
+
+class EpisodeRequest(BaseModel):
+    """One episode to run, outside of training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: str = Field(min_length=1, max_length=200_000)
+    """The task's text."""
+    answer: str = Field(default="", max_length=20_000)
+    """Ground truth for the grader."""
+    environment: str = Field(default="math_python", max_length=200)
+    """Environment, optionally with a grader: ``math_python/package.module:function``."""
+    temperature: float = Field(default=1.0, ge=0.0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    """0 means no limit."""
+
+
+def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
+    """The application.
+
+    Args:
+        replica_of: gives the replica of this process; asked at every request.
+    """
+    app = FastAPI(title="Singlestream rollout", version="1")
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """503 if the engine is dead or hung."""
+        try:
+            await replica_of().check_health()
+        except EngineDead as error:
+            raise HTTPException(503, str(error)) from error
+        return {"status": "ok", "replica": replica_of().name}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, Any]:
+        """503 and what is waited for, until the engine runs and has loaded a published policy."""
+        replica = replica_of()
+        if replica.waiting_for is not None:
+            raise HTTPException(503, {"waiting_for": replica.waiting_for})
+        return {"status": "ready", "replica": replica.name, **replica.worker.report()}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus metrics of this replica."""
+        return Response(generate_latest(replica_of().metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.post("/v1/episodes")
+    async def episodes(request: EpisodeRequest) -> dict[str, Any]:
+        """Run one episode and return its whole trace."""
+        sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        try:
+            return await replica_of().run_episode(request.question, request.answer, request.environment, sampling)
+        except (KeyError, ConfigError) as error:
+            raise HTTPException(422, f"environment {request.environment!r}: {error}") from error
+        except SandboxError as error:
+            raise HTTPException(502, str(error)) from error
+        except EngineDead as error:
+            raise HTTPException(503, str(error)) from error
+
+    return app

@@ -1,0 +1,269 @@
+"""The vLLM engine of one replica: samples turns, swaps weights under running requests, and says whether it is alive."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from services.rollout.generation import (
+    EngineDead,
+    Generation,
+    GenerationRequest,
+    VersionSpan,
+    parse_label,
+    version_label,
+)
+from services.rollout.process_env import has_gpu
+from singlestream.config import Config
+from singlestream.errors import DeadlineExceeded
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = logging.getLogger(__name__)
+
+MODEL_FOLDER = (0, 0)
+"""(version, lineage) of the weights that lie in the model's folder: older than anything a learner publishes."""
+
+
+def replica_seed(run_seed: int, replica: str) -> int:
+    """A 31-bit seed of the replica's own: engines that share a seed sample the same tokens."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}:{replica}".encode()).digest()[:4], "little") >> 1
+
+
+def engine_arguments(config: Config, seed: int) -> dict[str, Any]:
+    """Arguments of ``AsyncEngineArgs`` on this machine's kind of device.
+
+    Args:
+        config: the run's settings.
+        seed: of the engine's sampler.
+    """
+    from vllm.config import WeightTransferConfig
+
+    from services.rollout.weight_transfer import BACKEND
+
+    rollout = config.rollout
+    arguments: dict[str, Any] = {
+        "model": str(config.run.model.resolve()),
+        "dtype": config.run.engine_dtype,
+        "max_model_len": rollout.max_model_tokens,
+        "max_num_seqs": rollout.slots,
+        "tensor_parallel_size": rollout.tensor_parallel,
+        "logprobs_mode": "processed_logprobs",
+        "seed": seed,
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",
+        "worker_extension_cls": "services.rollout.weight_transfer.WorkerExtension",
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+    }
+    if has_gpu():
+        arguments |= {"gpu_memory_utilization": rollout.gpu_memory_share, "distributed_executor_backend": "mp"}
+    else:
+        arguments |= {
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
+        }
+    return arguments
+
+
+class VllmEngine:
+    """One vLLM engine.
+
+    Args:
+        config: the run's settings.
+        replica: name of this replica; its sampling seed derives from it.
+        tokenizer: the model's tokenizer, to find the stop strings that are single tokens.
+    """
+
+    def __init__(self, config: Config, replica: str, tokenizer: Any) -> None:
+        self.config, self.replica, self._tokenizer = config, replica, tokenizer
+        self.held: tuple[int, int] = MODEL_FOLDER
+        self._llm: AsyncLLM | None = None
+        self._open = asyncio.Event()
+        self._broken: str | None = None
+        self._gated: dict[str, bool] = {}
+        self._stop_cache: dict[tuple[str, ...], tuple[list[int], list[str]]] = {}
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """The running engine. Raises `EngineDead` before `start` and after a failed update."""
+        if self._llm is None or self._broken is not None:
+            raise EngineDead(f"replica {self.replica}: {self._broken or 'the engine is not started'}")
+        return self._llm
+
+    async def start(self) -> None:
+        """Start the engine's processes and load the model folder's weights. Raises `DeadlineExceeded`."""
+        from vllm import AsyncEngineArgs
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        started = time.monotonic()
+        arguments = engine_arguments(self.config, replica_seed(self.config.run.seed, self.replica))
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        async with _deadline("the engine's workers", self.config.rollout.engine_start_timeout_s):
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            await self._llm.update_weight_version(version_label(*MODEL_FOLDER))
+        self._open.set()
+        log.info("engine of replica %s started in %.1f s", self.replica, time.monotonic() - started)
+
+    async def generate(self, request_id: str, request: GenerationRequest) -> Generation:
+        """Sample one turn; waits while weights are being swapped. See `generation.Engine`."""
+        from vllm import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if not self._open.is_set() and await self._aborted_at_gate(request_id):
+            return Generation([], [], [], "aborted")
+        # old-policy prefixes must not be found by requests that start under newer weights
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids, cache_salt=version_label(*self.held))
+        final = None
+        try:
+            async for output in self.llm.generate(prompt, self._sampling(request), request_id):
+                final = output
+        except EngineDeadError as error:
+            raise EngineDead(f"replica {self.replica}: the engine died: {error}") from error
+        if final is None:
+            raise EngineDead(f"replica {self.replica}: the engine ended request {request_id} without an output")
+        return _generation(final.outputs[0])
+
+    async def _aborted_at_gate(self, request_id: str) -> bool:
+        """Wait until weights have been swapped; True if the request was aborted meanwhile."""
+        self._gated[request_id] = False
+        await self._open.wait()
+        return self._gated.pop(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a running `generate`, which then returns what it has."""
+        if request_id in self._gated:
+            self._gated[request_id] = True
+        else:
+            await self.llm.abort(request_id)
+
+    def _sampling(self, request: GenerationRequest) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        stop_ids, stop_strings = self._stops(request.stop)
+        return SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
+            top_k=request.sampling.top_k,
+            logprobs=0,
+            stop_token_ids=stop_ids,
+            stop=stop_strings,
+            include_stop_str_in_output=True,
+            detokenize=bool(stop_strings),
+            skip_special_tokens=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _stops(self, stop: tuple[str, ...]) -> tuple[list[int], list[str]]:
+        """Split stop strings into single tokens and those that only detokenised text can show."""
+        if stop not in self._stop_cache:
+            ids, strings = [self._tokenizer.eos_token_id], []
+            for text in stop:
+                tokens = self._tokenizer.encode(text, add_special_tokens=False)
+                if len(tokens) == 1:
+                    ids.append(tokens[0])
+                else:
+                    strings.append(text)
+            self._stop_cache[stop] = ([number for number in ids if number is not None], strings)
+        return self._stop_cache[stop]
+
+    async def swap_weights(self, update: dict[str, Any], version: int, lineage: int, clear_cache: bool) -> float:
+        """Load a checked weight file under the running requests: pause and keep them, load, resume.
+
+        Args:
+            update: fields of `weight_transfer.MappedFileUpdate`.
+            version: policy version of the new weights; tokens sampled from here on carry it.
+            lineage: and its lineage.
+            clear_cache: whether running requests' KV is computed again under the new weights.
+
+        Returns:
+            seconds for which generation stood still.
+
+        Raises:
+            EngineDead: the update failed after it had begun: the engine may be half loaded, and takes no request any
+            more.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self.llm
+        self._open.clear()
+        started = time.monotonic()
+        try:
+            async with _deadline("the engine to swap its weights", self.config.rollout.engine_timeout_s):
+                await llm.pause_generation(mode="keep", clear_cache=clear_cache)
+                await llm.start_weight_update()
+                await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+                await llm.finish_weight_update(version_label(version, lineage))
+                await llm.collective_rpc("verify_weights", args=(update,))
+                self.held = (version, lineage)
+                await llm.resume_generation()
+        except BaseException as error:
+            self._broken = f"the update to version {version}.{lineage} failed: {error}"
+            raise EngineDead(f"replica {self.replica}: {self._broken}") from error
+        finally:
+            self._open.set()
+        return time.monotonic() - started
+
+    async def check_health(self) -> None:
+        """Tell a dead or hung engine from a busy one: a busy engine answers control messages between two steps.
+
+        Raises:
+            EngineDead: a process of the engine has ended, or it did not answer for ``rollout.engine_timeout_s``.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async with _deadline("the engine's answer", self.config.rollout.engine_timeout_s):
+                await self.llm.check_health()
+                await self.llm.get_weight_version()
+        except (EngineDeadError, DeadlineExceeded) as error:
+            raise EngineDead(f"replica {self.replica}: {error}") from error
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None
+
+
+def _generation(output: CompletionOutput) -> Generation:
+    token_ids = list(output.token_ids)
+    steps = output.logprobs or []
+    logprobs = [step[token].logprob for step, token in zip(steps, token_ids, strict=True)]
+    spans = []
+    for span in output.weight_versions or []:
+        if span.end > span.start:
+            spans.append(VersionSpan(*parse_label(span.version), span.start, span.end))
+    if token_ids and (not spans or spans[0].start != 0 or spans[-1].end != len(token_ids)):
+        raise EngineDead("the engine reported tokens without the policy version that sampled them")
+    finish = output.finish_reason
+    if finish not in ("stop", "length"):
+        return Generation(token_ids, logprobs, spans, "aborted")
+    return Generation(token_ids, logprobs, spans, "stop" if finish == "stop" else "length")
+
+
+class _deadline:
+    """``asyncio.timeout`` whose error names what was waited for."""
+
+    def __init__(self, waited_for: str, seconds: float) -> None:
+        self._waited_for, self._seconds = waited_for, seconds
+        self._timeout = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*exc_info)
+        except TimeoutError as error:
+            raise DeadlineExceeded(self._waited_for, self._seconds) from error

@@ -1,0 +1,46 @@
+"""Environment variables of the engine's processes. Set before vLLM or Ray is imported; what the user has set stays.
+
+Sources: on CPU, dynamo compiles for half a minute at the first request for log-probabilities; several engines on one
+machine fight for the same cores when each binds its threads.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from singlestream.config import Config
+
+OWNER_VARIABLE = "SINGLESTREAM_ROLLOUT_OWNER"
+"""Process id of the replica; the engine's processes end when it does."""
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA device node exists; asking torch would import it."""
+    return Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") != ""
+
+
+def engine_variables(config: Config) -> dict[str, str]:
+    """Variables that every process of an engine needs, without what the environment already sets."""
+    variables = {
+        "HF_HUB_OFFLINE": "1" if config.run.model.exists() else "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if not has_gpu():
+        threads = config.rollout.cpu_threads
+        variables |= {
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.rollout.kv_cache_gib))),
+        }
+        if threads is not None:
+            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+def apply_engine_variables(config: Config) -> None:
+    """Set the engine's variables in this process, and name it as the owner of the engine's processes."""
+    os.environ.update(engine_variables(config))
+    os.environ[OWNER_VARIABLE] = str(os.getpid())

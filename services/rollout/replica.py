@@ -1,0 +1,206 @@
+"""One replica put together: engine, weights, worker, environments, and what its HTTP interface tells."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+import uuid
+from typing import Any
+
+import httpx
+
+from services.rollout.engine import VllmEngine
+from services.rollout.environments import Environment, make_environment
+from services.rollout.episode import Episode, Finished
+from services.rollout.generation import EngineDead
+from services.rollout.manifest import model_tensors
+from services.rollout.metrics import Metrics
+from services.rollout.tools import SandboxTools
+from services.rollout.weights import WeightKeeper
+from services.rollout.worker import RolloutWorker
+from singlestream.clients.sandbox import SandboxClient
+from singlestream.config import Config
+from singlestream.contracts import Lease, Sampling
+from singlestream.streams import Keys, LeaseConsumer, connect, wait_for_redis
+
+log = logging.getLogger(__name__)
+
+REDIS_START_S = 120.0
+
+
+def replica_name() -> str:
+    """A name that no other replica has had or will have."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+_current: Replica | None = None
+
+
+def current() -> Replica:
+    """The replica of this process. Raises RuntimeError where there is none."""
+    if _current is None:
+        raise RuntimeError("this process runs no replica")
+    return _current
+
+
+def make_current(replica: Replica) -> None:
+    """Name the replica of this process, for what only knows the process: Serve's HTTP interface."""
+    global _current
+    _current = replica
+
+
+class Replica:
+    """Everything one replica holds.
+
+    Args:
+        config: the run's settings.
+
+    Raises:
+        ConfigError: the model's folder holds no model.
+    """
+
+    def __init__(self, config: Config) -> None:
+        from transformers import AutoTokenizer
+
+        self.config, self.name = config, replica_name()
+        self.metrics = Metrics()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(config.run.model)
+        self.redis = connect(config.run.redis_url)
+        self.sandbox = SandboxClient(config.rollout.sandbox_url)
+        self._probe = httpx.AsyncClient(base_url=config.rollout.sandbox_url, timeout=5.0)
+        self.engine = VllmEngine(config, self.name, self.tokenizer)
+        self._environments: dict[str, Environment] = {}
+        keys = Keys(config.run.name)
+        self.weights = WeightKeeper(
+            self.redis, keys, self.engine, model_tensors(config.run.model), config.rollout, self.metrics
+        )
+        self.worker = RolloutWorker(
+            self.name,
+            LeaseConsumer(self.redis, keys, self.name),
+            self.engine,
+            self.weights,
+            self.environment,
+            self.tools,
+            self.tools_healthy,
+            config.rollout,
+            self.metrics,
+        )
+        self._work: asyncio.Task[None] | None = None
+        self._started = False
+
+    def environment(self, name: str) -> Environment:
+        """Environment by name, made once. Raises KeyError or `ConfigError` for one that is not known."""
+        if name not in self._environments:
+            self._environments[name] = make_environment(name, self.tokenizer)
+        return self._environments[name]
+
+    def tools(self) -> SandboxTools:
+        """A fresh tool runner."""
+        return SandboxTools(self.sandbox, self.config.rollout, self.metrics)
+
+    async def tools_healthy(self) -> bool:
+        """Whether the sandbox gateway says that it is well."""
+        try:
+            reply = await self._probe.get("/healthz")
+        except httpx.HTTPError:
+            return False
+        return reply.status_code == 200
+
+    async def start(self) -> None:
+        """Start the engine, then the worker. Raises `DeadlineExceeded` where Redis or the engine does not come up."""
+        await wait_for_redis(self.redis, REDIS_START_S)
+        await self.engine.start()
+        self._work = asyncio.create_task(self.worker.run(), name="worker")
+        self._started = True
+        log.info("replica %s takes leases of run %s", self.name, self.config.run.name)
+
+    async def wait(self) -> None:
+        """Wait until the worker has ended; raises what ended it."""
+        if self._work is not None:
+            await asyncio.shield(self._work)
+
+    async def stop(self) -> None:
+        """Hand unfinished episodes over, then end the engine."""
+        self.worker.stop()
+        if self._work is not None:
+            await asyncio.wait({self._work}, timeout=3 * self.config.rollout.stop_timeout_s)
+        self.engine.close()
+        await self.sandbox.aclose()
+        await self._probe.aclose()
+        await self.redis.aclose()
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What is missing before the replica is ready; None if nothing is."""
+        if not self._started:
+            return "the engine to start"
+        if self._work is not None and self._work.done():
+            return "a restart: the worker has ended"
+        return self.weights.waiting_for
+
+    async def check_health(self) -> None:
+        """Raise `EngineDead` if the engine is dead or hung, or the worker has ended by itself.
+
+        A busy replica is healthy.
+        """
+        if self._work is not None and self._work.done() and not self._work.cancelled():
+            raise EngineDead(f"replica {self.name}: the worker has ended: {self._work.exception()!r}")
+        if self._started:
+            await self.engine.check_health()
+
+    async def run_episode(self, question: str, answer: str, environment: str, sampling: Sampling) -> dict[str, Any]:
+        """Run one episode outside of any lease and tell everything about it.
+
+        Returns:
+            ``{replica, reward, end_reason, turns, tool_calls, seconds, text, segments}``; a segment has kind, text,
+            token_ids, and, where the policy wrote it, logprobs, version, lineage and replica.
+
+        Raises:
+            KeyError, ConfigError: the environment or its grader is not known.
+            SandboxError: the sandbox failed.
+            EngineDead: the engine failed.
+        """
+        lease = Lease(
+            lease_id=f"evaluate:{uuid.uuid4().hex[:8]}:1",
+            prompt_id="http",
+            question=question,
+            answer=answer,
+            environment=environment,
+            v_hat=0.5,
+            version=0,
+            sampling=sampling,
+            issued_at_s=time.time(),
+        )
+        chosen = self.environment(environment)
+        episode = Episode(lease, chosen, self.engine, self.tools(), self.config.rollout, self.name, asyncio.Event())
+        finished = await episode.run()
+        assert isinstance(finished, Finished)  # noqa: S101  nothing interrupts it
+        return {
+            "replica": self.name,
+            "reward": chosen.grade(finished.response),
+            "end_reason": finished.end_reason,
+            "turns": finished.turns,
+            "tool_calls": [call.model_dump() for call in finished.tool_calls],
+            "seconds": time.time() - finished.started_at_s,
+            "text": finished.response.text,
+            "segments": [self._segment(segment) for segment in finished.segments],
+        }
+
+    def _segment(self, segment: Any) -> dict[str, Any]:
+        told = {
+            "kind": segment.kind,
+            "text": self.tokenizer.decode(segment.token_ids.tolist(), skip_special_tokens=False),
+            "token_ids": segment.token_ids.tolist(),
+        }
+        if segment.kind == "generated":
+            told |= {
+                "logprobs": segment.logprobs.tolist(),
+                "version": segment.version,
+                "lineage": segment.lineage,
+                "replica": segment.replica,
+            }
+        return told

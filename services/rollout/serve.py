@@ -1,0 +1,189 @@
+"""The replicas as one Ray Serve application: started, checked, replaced and drained by Serve.
+
+On one machine the service brings its own Ray; with ``rollout.ray_address`` it joins a cluster. Training work is pulled
+from Redis by each replica, so Serve routes only the HTTP interface, and sees a busy replica as idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+
+from services.rollout.api import create_app
+from services.rollout.process_env import apply_engine_variables, has_gpu
+from singlestream.config import Config
+from singlestream.telemetry import setup_logging
+
+log = logging.getLogger(__name__)
+
+APPLICATION = "rollout"
+SLOT_RESOURCE = "rollout_slot"
+"""Custom Ray resource: one for each replica that a node may hold (see `scaling`)."""
+WATCH_S = 5.0
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Weights and trajectories do not pass through Ray, so its object store stays small."""
+
+
+def build_app() -> FastAPI:
+    """The HTTP interface of this process's replica. Imports late: the driver needs no model."""
+    from services.rollout.replica import current
+
+    return create_app(current)
+
+
+@serve.deployment
+@serve.ingress(build_app)
+class RolloutDeployment:
+    """One replica under Serve.
+
+    Args:
+        settings: sections ``run`` and ``rollout`` of the configuration, as JSON values with absolute paths.
+        omp_threads: the user's OMP_NUM_THREADS; None drops the one that Ray sets, which would give the engine a single
+            thread.
+    """
+
+    async def __init__(self, settings: dict[str, Any], omp_threads: str | None) -> None:  # type: ignore[misc]
+        setup_logging("rollout")
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if omp_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = omp_threads
+        config = Config(**settings)
+        apply_engine_variables(config)
+        from services.rollout.replica import Replica, make_current
+
+        self.replica = Replica(config)
+        make_current(self.replica)  # this class is shipped by value and has no module of its own
+        await self.replica.start()
+        self._watch = asyncio.create_task(self._end_with_worker(), name="end-with-worker")
+
+    async def _end_with_worker(self) -> None:
+        """A worker that ended by itself takes the process along: Serve then starts a new one at once."""
+        try:
+            await self.replica.wait()
+        except Exception:  # the boundary of the process
+            log.exception("replica %s ends; Serve starts another", self.replica.name)
+            os._exit(1)
+
+    async def check_health(self) -> None:
+        """Asked by Serve; raises if the engine is dead or hung."""
+        await self.replica.check_health()
+
+    async def __del__(self) -> None:
+        """Hand unfinished episodes over before Serve ends the process."""
+        if getattr(self, "replica", None) is not None:
+            await self.replica.stop()
+
+
+def application(config: Config) -> Any:
+    """The Serve application of a run; Ray must be up, for it depends on the cluster's resources."""
+    rollout = config.rollout
+    resources = ray.cluster_resources()
+    options: dict[str, Any] = {"num_cpus": 0}
+    if resources.get("GPU", 0) > 0:
+        options["num_gpus"] = rollout.tensor_parallel
+    if resources.get(SLOT_RESOURCE, 0) > 0:
+        options["resources"] = {SLOT_RESOURCE: 1}
+    run = config.run
+    resolved = run.model_copy(
+        update={
+            "model": run.model.resolve(),
+            "runs_dir": run.runs_dir.resolve(),
+            "weights_dir": run.weights_dir.resolve(),
+        }
+    )
+    settings = {"run": resolved.model_dump(mode="json"), "rollout": rollout.model_dump(mode="json")}
+    deployment = RolloutDeployment.options(  # type: ignore[attr-defined]
+        name="replica",
+        num_replicas=rollout.replicas,
+        ray_actor_options=options,
+        max_ongoing_requests=2 * rollout.slots,
+        health_check_period_s=5.0,
+        health_check_timeout_s=rollout.engine_timeout_s + 10.0,
+        graceful_shutdown_wait_loop_s=1.0,
+        graceful_shutdown_timeout_s=3 * rollout.stop_timeout_s,
+    )
+    return deployment.bind(settings, os.environ.get("OMP_NUM_THREADS"))
+
+
+def start_ray(config: Config) -> None:
+    """Join ``rollout.ray_address``, or start a private Ray on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *(path for path in paths if path and path != root)])
+    if config.rollout.ray_address is not None:
+        ray.init(address=config.rollout.ray_address, logging_level=logging.WARNING)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(4, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=tempfile.mkdtemp(prefix="ss-ray-"),  # short: Ray's sockets lie in it
+        logging_level=logging.WARNING,
+    )
+    if has_gpu():
+        log.info("Ray sees %s GPUs", ray.cluster_resources().get("GPU", 0))
+
+
+class _Stop(BaseException):
+    """SIGTERM or SIGINT arrived."""
+
+
+def _raise_stop(signum: int, frame: Any) -> None:
+    raise _Stop
+
+
+def run_serve(config: Config) -> int:
+    """Run the application until SIGTERM or SIGINT; returns the exit code, 1 if Serve gave up on it."""
+    code = 0
+    try:
+        start_ray(config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _raise_stop)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": config.rollout.host, "port": config.rollout.port},
+        )
+        serve.run(application(config), name=APPLICATION, route_prefix="/")
+        log.info("%d replicas at http://%s:%d", config.rollout.replicas, config.rollout.host, config.rollout.port)
+        code = _watch()
+    except _Stop:
+        log.info("stopping: the replicas hand their episodes over")
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if ray.is_initialized():
+            serve.delete(APPLICATION)
+            serve.shutdown()
+            ray.shutdown()
+    return code
+
+
+def _watch() -> int:
+    """Report what Serve says of the application whenever it changes; returns 1 when it has failed for good."""
+    said = ""
+    while True:
+        status = serve.status().applications.get(APPLICATION)
+        if status is None:
+            log.error("the application is gone from Serve")
+            return 1
+        states = {name: dict(one.replica_states) for name, one in status.deployments.items()}
+        now = f"{status.status}: replicas {states} {status.message}".strip()
+        if now != said:
+            log.info("Serve: %s", now)
+            said = now
+        if status.status in ("DEPLOY_FAILED", "NOT_STARTED"):
+            return 1
+        time.sleep(WATCH_S)

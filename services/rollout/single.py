@@ -1,0 +1,64 @@
+"""One replica in this process, without Ray: for debugging, and for clusters that do not want Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import uvicorn
+
+from services.rollout.api import create_app
+from services.rollout.generation import EngineDead
+from services.rollout.replica import Replica
+from singlestream.config import Config
+
+log = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, leaving the signals to `run_single`."""
+
+    def install_signal_handlers(self) -> None:
+        """The handler of this process hands episodes over first."""
+
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        """Likewise, in newer versions."""
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+async def _serve(config: Config) -> int:
+    replica = Replica(config)
+    settings = uvicorn.Config(
+        create_app(lambda: replica), config.rollout.host, config.rollout.port, log_config=None, access_log=False
+    )
+    server = _Server(settings)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    http = asyncio.create_task(server.serve(), name="http")
+    code = 0
+    try:
+        await replica.start()
+        stop = asyncio.create_task(stopping.wait())
+        work = asyncio.create_task(replica.wait())
+        await asyncio.wait({stop, work, http}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if work.done() and not stopping.is_set():
+            work.result()
+    except EngineDead as error:
+        log.error("%s; this process ends, and its supervisor starts another", error)
+        code = 1
+    finally:
+        await replica.stop()
+        server.should_exit = True
+        await asyncio.wait({http}, timeout=10.0)
+    return code
+
+
+def run_single(config: Config) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code."""
+    return asyncio.run(_serve(config))

@@ -1,0 +1,195 @@
+"""Keep an engine on the newest published policy.
+
+Versions compare as (version, lineage), and only what compares greater is loaded. Everything that can be wrong with a
+version is found before the engine is touched; after that an error means a half-loaded engine, and the replica ends
+(`generation.EngineDead`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from redis.asyncio import Redis
+
+from services.rollout.manifest import ModelTensors, check_manifest, open_weights
+from services.rollout.metrics import Metrics
+from singlestream.config import RolloutConfig
+from singlestream.contracts import PolicyVersion, decode_as
+from singlestream.errors import ContractError, DeadlineExceeded, WeightsError
+from singlestream.streams import LOST, Keys
+
+log = logging.getLogger(__name__)
+
+POLL_MS = 500
+RETRY_S = 1.0
+"""Pause after a version that could not be used, or while Redis is away."""
+
+
+class SwapsWeights(Protocol):
+    """What keeping the weights needs of an engine (see `engine.VllmEngine`)."""
+
+    held: tuple[int, int]
+
+    async def swap_weights(self, update: dict[str, Any], version: int, lineage: int, clear_cache: bool) -> float:
+        """Load a checked file; returns the seconds for which generation stood still."""
+        ...
+
+
+def newest_of(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> tuple[str, PolicyVersion | None, int]:
+    """Pick the version to look at from entries of the version stream, oldest first and at least one.
+
+    Returns:
+        the last entry's number, the greatest readable version (None if none is), and how many versions are passed over
+        for it.
+    """
+    readable = []
+    for entry, fields in entries:
+        try:
+            readable.append(decode_as(PolicyVersion, fields[b"m"]))
+        except ContractError as error:
+            log.error("version entry %s is unusable: %s", entry.decode(), error)
+    newest = max(readable, key=lambda one: (one.version, one.lineage), default=None)
+    return entries[-1][0].decode(), newest, max(0, len(readable) - 1)
+
+
+class WeightKeeper:
+    """Watches the version stream and loads what is newer.
+
+    Args:
+        redis: a client from `singlestream.streams.connect`.
+        keys: keys of the run.
+        engine: whose weights are kept.
+        model: tensors that a version must consist of.
+        settings: ``clear_cache`` and the time-outs.
+        metrics: of this replica.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        engine: SwapsWeights,
+        model: ModelTensors,
+        settings: RolloutConfig,
+        metrics: Metrics,
+    ) -> None:
+        self.redis, self.keys, self.engine, self.model = redis, keys, engine, model
+        self.settings, self.metrics = settings, metrics
+        self.published = False
+        self.last_error = ""
+        self._changed = asyncio.Condition()
+        self._cursor: str | None = None
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """(version, lineage) of the engine's weights."""
+        return self.engine.held
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What is missing before a training lease can start; None if nothing is."""
+        if self.published:
+            return None
+        return f"a policy version in stream {self.keys.policy_versions}" + (
+            f" (last error: {self.last_error})" if self.last_error else ""
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Follow the stream until ``stop`` is set. Raises `EngineDead` after a failed update."""
+        while not stop.is_set():
+            try:
+                entries = await self._read()
+                if entries:
+                    await self._consider(entries)
+            except (WeightsError, FileNotFoundError) as error:
+                self.metrics.updates.labels("refused").inc()
+                await self._look_again(error, stop)
+            except LOST as error:
+                self.metrics.redis_retries.labels("weights").inc()
+                await self._look_again(error, stop)
+
+    async def _look_again(self, error: Exception, stop: asyncio.Event) -> None:
+        """After an error start from the newest entry, a moment later."""
+        self.last_error = str(error)
+        self._cursor = None
+        log.warning("weights: %s; looking again in %.0f s", error, RETRY_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), RETRY_S)
+
+    async def _read(self) -> Sequence[tuple[bytes, dict[bytes, bytes]]]:
+        """The newest entry at first and after an error; then what came since."""
+        if self._cursor is None:
+            entries: Sequence[tuple[bytes, dict[bytes, bytes]]] = await self.redis.xrevrange(
+                self.keys.policy_versions, count=1
+            )
+            if not entries:
+                self._cursor = "0-0"
+            return entries
+        reply = await self.redis.xread({self.keys.policy_versions: self._cursor}, block=POLL_MS)
+        return reply[0][1] if reply else []
+
+    async def _consider(self, entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        cursor, newest, passed_over = newest_of(entries)
+        self.metrics.skipped.inc(passed_over)
+        if newest is not None and newest.newer_than(self.held):
+            await self._load(newest)
+        if newest is not None:
+            async with self._changed:
+                self.published = True
+                self._changed.notify_all()
+        self._cursor = cursor
+
+    async def _load(self, version: PolicyVersion) -> None:
+        """Check a version and swap it in.
+
+        Raises:
+            WeightsError: it does not fit the model, or its bytes are damaged; the engine was not touched.
+            FileNotFoundError: newer versions have replaced its file; the engine was not touched.
+            EngineDead: the swap itself failed.
+        """
+        started = time.monotonic()
+        check_manifest(version.manifest, self.model)
+        with open_weights(version.manifest) as weights:
+            await asyncio.to_thread(weights.check_bytes)
+            pause_s = await self.engine.swap_weights(
+                weights.update, version.version, version.lineage, self.settings.clear_cache
+            )
+        total_s = time.monotonic() - started
+        self.last_error = ""
+        self.metrics.updates.labels("loaded").inc()
+        self.metrics.pause_seconds.observe(pause_s)
+        self.metrics.load_seconds.observe(total_s)
+        self.metrics.version.set(version.version)
+        self.metrics.lineage.set(version.lineage)
+        log.info(
+            "weights %d.%d loaded in %.3f s, generation paused for %.3f s",
+            version.version,
+            version.lineage,
+            total_s,
+            pause_s,
+        )
+
+    async def ensure(self, version: int) -> None:
+        """Wait until a published policy of at least ``version`` is loaded; for 0 the model folder's weights will do.
+
+        Raises:
+            DeadlineExceeded: it was not within ``rollout.weights_timeout_s``; names the version.
+        """
+        if self._serves(version):
+            return
+        timeout_s = self.settings.weights_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._serves(version))
+        except TimeoutError as error:
+            held = "none" if not self.published else f"{self.held[0]}.{self.held[1]}"
+            cause = f"policy version {version} (held: {held}; last error: {self.last_error or 'none'})"
+            raise DeadlineExceeded(cause, timeout_s) from error
+
+    def _serves(self, version: int) -> bool:
+        return self.held[0] >= version and (self.published or version == 0)

@@ -1,0 +1,59 @@
+"""``python -m services.sandbox_gateway [--config FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+
+from services.sandbox_gateway.pool import IsolationUnavailable
+from services.sandbox_gateway.privileges import CannotDrop, become_unprivileged, needed_paths
+from services.sandbox_gateway.server import serve
+from services.sandbox_gateway.settings import config_file, load_settings
+from services.sandbox_gateway.view import ViewError
+from singlestream.errors import ConfigError
+
+
+def main() -> int:
+    """Start the gateway; the exit code is 0 after SIGTERM, 78 (EX_CONFIG) where the host or the settings must be mended
+    first.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m services.sandbox_gateway", description="Runs model-written Python in jails."
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="the run's TOML file; default: SINGLESTREAM_CONFIG, else built-in settings"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s sandbox_gateway %(levelname)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    path = config_file(arguments.config)
+    try:
+        config = load_settings(path)
+        command = [sys.executable, "-m", "services.sandbox_gateway", *sys.argv[1:]]
+        become_unprivileged(command, needed_paths(path, str(config.python or sys.executable)))
+        _run(serve(config, path))
+    except (ConfigError, CannotDrop, IsolationUnavailable, ViewError) as error:
+        logging.error("refusing to start: %s", error)
+        return os.EX_CONFIG
+    except OSError as error:
+        logging.error("%s", error)
+        return os.EX_OSERR
+    return 0
+
+
+def _run(main_coroutine: object) -> None:
+    try:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    except ImportError:  # not on every platform; asyncio's own loop does the same, slower
+        factory = asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main_coroutine)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The home-made privileged part: how a forked child gives up everything before it looks at model-written code.
+
+Where it stands. bubblewrap has already built the outer jail, once per zygote: its own user, pid, network, ipc, uts and
+mount namespaces; a read-only view that holds the Python, its libraries and four device nodes; no /proc, no network
+interface but a loopback that nobody listens on; an empty environment. Every run is forked from the zygote in that jail
+and passes through :func:`lock_down`, once, top to bottom. Any step that fails ends the run as a fault of the sandbox,
+before its code is read.
+
+Threat model. The snippet is hostile, native code included (ctypes gives it any instruction), and knows this file.
+
+Covered:
+    - reading or changing the host, the gateway, its secrets, another run, a later run (poisoned modules, files, shared
+      memory, locks);
+    - network of every family; starting processes; outliving the run; signals to anything outside it;
+    - exhausting memory, processes, threads, files, inodes, disk, descriptors, pipe and socket buffers, output;
+    - faking its outcome: the exit status is the kernel's word (wait4), time-outs are the gateway's; whether the
+      lock-down finished, hence "fault of the sandbox or of the snippet", is told by an event that is sent after the
+      filter is loaded and cannot be taken back.
+
+Not covered:
+    - a bug in the kernel behind one of the permitted calls (the filter makes that surface small; a VM per run would
+      make it smaller);
+    - side channels of shared hardware and shared page cache, and slowing neighbours down by saturating memory bandwidth
+      or caches;
+    - layout secrecy between runs: forks of one zygote share their address-space layout, so a leak in one helps in the
+      next; there is nothing in the zygote to attack, as it parses nothing that a run can shape, and it is replaced now
+      and then;
+    - what the snippet says about itself: text on its streams, and which exception ended it, are its own claims;
+    - a hard cap of *physical* memory per run: the limit is on address space, and the container's own limit backs all
+      runs together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import struct
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_VM = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x100
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+PR_CAPBSET_DROP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 24, 22, 38
+CAPABILITY_VERSION_3 = 0x20080522
+LAST_CAPABILITY = 63
+
+MAX_THREADS = 32
+MAX_OPEN_FILES = 64
+MAX_FILE_BYTES = 16 << 20
+MAX_TMP_INODES = 1024
+MEMORY_ERROR_RESERVE_BYTES = 8 << 20
+"""Soft and hard limit of memory differ by this, so that the runner can print the traceback of a MemoryError."""
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+
+
+class SeccompProgram(ctypes.Structure):
+    """``struct sock_fprog``: the compiled filter as the kernel takes it."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # noqa: RUF012  ctypes' own convention
+
+
+def compile_program(bpf: bytes) -> tuple[SeccompProgram, ctypes.Array[ctypes.c_char]]:
+    """The filter as a C structure, with the buffer that it points into (keep both)."""
+    buffer = ctypes.create_string_buffer(bpf, len(bpf))
+    return SeccompProgram(len(bpf) // 8, ctypes.addressof(buffer)), buffer
+
+
+def check(result: int, step: str) -> None:
+    """Raise OSError naming the step if a libc call failed."""
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{step}: {os.strerror(code)}")
+
+
+def write_proc(proc_fd: int, name: str, text: bytes) -> None:
+    """Write a file of the calling process under /proc, reached through a descriptor as /proc is not mounted here."""
+    fd = os.open(f"self/{name}", os.O_WRONLY, dir_fd=proc_fd)
+    try:
+        os.write(fd, text)
+    finally:
+        os.close(fd)
+
+
+def limit(kind: int, soft: int, hard: int | None = None) -> None:
+    """Set a resource limit; the hard one too, so that it cannot be raised again."""
+    resource.setrlimit(kind, (soft, soft if hard is None else hard))
+
+
+def lock_down(
+    proc_fd: int, program: SeccompProgram, event_fd: int, memory_bytes: int, cpu_s: int, tmp_bytes: int
+) -> None:
+    """Give up everything. Afterwards only descriptors 0, 1 and 2 are open and nothing here can be undone.
+
+    Args:
+        proc_fd: directory descriptor of /proc; closed here.
+        program: the seccomp filter.
+        event_fd: eventfd that is told once the filter stands; closed here.
+        memory_bytes: limit of the whole address space, warm interpreter included.
+        cpu_s: CPU seconds after which the kernel kills the run.
+        tmp_bytes: size of the private /tmp.
+
+    Raises:
+        OSError: a step failed; its text names the step. The caller must end the process.
+    """
+    # kill(0, …) reaches the whole process group, across pid namespaces: without a session of its own a run could kill
+    # the zygote and its siblings, which share its kernel uid.
+    os.setsid()
+    # Under memory pressure the kernel kills a run, not the gateway; a busy loop yields to the gateway's work.
+    write_proc(proc_fd, "oom_score_adj", b"1000")
+    os.nice(10)
+    # A user namespace of its own, below the zygote's: whatever the run could do to "root in its namespace" does not
+    # touch the zygote's. Its own mounts: /tmp below is seen by nobody else. Its own ipc: SysV and POSIX queues left
+    # behind die with it.
+    uid, gid = os.getuid(), os.getgid()
+    check(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWIPC), "unshare user, mount and ipc namespaces")
+    # Without this a later setgroups() could drop a group that denies access.
+    write_proc(proc_fd, "setgroups", b"deny")
+    # Only its own, unprivileged id exists: no other uid can be assumed.
+    write_proc(proc_fd, "uid_map", b"%d %d 1" % (uid, uid))
+    write_proc(proc_fd, "gid_map", b"%d %d 1" % (gid, gid))
+    # The only writable place: private (nothing left for the next run), bounded in bytes and inodes (disk and inode
+    # filling), no set-uid files, no device nodes, no executable mappings of files dropped there.
+    options = b"size=%d,nr_inodes=%d,mode=0777" % (tmp_bytes, MAX_TMP_INODES)
+    check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount private /tmp")
+    os.chdir("/tmp")
+    # Inherited descriptors: the control socket, /proc and other runs' pidfds close; 3 stays for the event below.
+    os.dup2(event_fd, 3)
+    check(libc.close_range(4, 0xFFFFFFFF, 0), "close inherited descriptors")
+    # Memory bombs (bytearray, numpy, mmap, threads' stacks) and CPU burnt while the wall clock is slow.
+    limit(resource.RLIMIT_AS, memory_bytes, memory_bytes + MEMORY_ERROR_RESERVE_BYTES)
+    limit(resource.RLIMIT_CPU, cpu_s)
+    # Thread bombs; counted per user namespace (Linux ≥ 5.14), hence set after it was made.
+    limit(resource.RLIMIT_NPROC, MAX_THREADS)
+    # Descriptor exhaustion, and with it kernel memory held in pipes and sockets.
+    limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
+    # One huge (sparse) file; core dumps; memory that cannot be swapped; POSIX queues; signals queued without end.
+    limit(resource.RLIMIT_FSIZE, MAX_FILE_BYTES)
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_MEMLOCK, 0)
+    limit(resource.RLIMIT_MSGQUEUE, 0)
+    limit(resource.RLIMIT_SIGPENDING, 64)
+    # The new user namespace granted every capability inside itself (mount, chroot, raw sockets): drop them from the set
+    # that execve could regain from, then from the sets in force. EINVAL: a capability that this kernel does not have.
+    for capability in range(LAST_CAPABILITY + 1):
+        libc.prctl(PR_CAPBSET_DROP, capability, None, 0, 0)
+    check(libc.capset(struct.pack("<Ii", CAPABILITY_VERSION_3, 0), bytes(24)), "drop capabilities")
+    # Set-uid programs gain nothing, and an unprivileged process may load a filter.
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, None, 0, 0), "no new privileges")
+    # The allow-list (policy.py): no new process, program, namespace, socket or exotic call, whatever the code does from
+    # here on.
+    check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program), 0, 0), "load the seccomp filter")
+    # From here on the run is the snippet's. Only now, and for good: a snippet can neither send this early nor take it
+    # back, so it cannot pass its own crash off as a fault of the sandbox.
+    os.write(3, struct.pack("<Q", 1))
+    os.close(3)

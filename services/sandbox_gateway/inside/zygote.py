@@ -1,0 +1,220 @@
+"""The zygote: a warm Python inside bubblewrap that forks one child per run.
+
+It holds CAP_SYS_ADMIN in its own user namespace, for one purpose: a fresh pid namespace per run. It reads fixed-size
+orders, never text. It has one thread, so a fork copies a quiet process.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from typing import NamedTuple
+
+from . import lockdown, snippet, warmup
+from .messages import EXITED, ORDER_FDS, READY, REFUSED, REPORT_BYTES, STARTED, Order, Reply
+
+INIT_STACK_BYTES = 16 << 10
+MADV_COLLAPSE = 25
+HUGE_PAGE_BYTES = 2 << 20
+SETUP_FAILED_EXIT = 125
+
+_libc = lockdown.libc
+_libc.clone.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_PAUSE = ctypes.cast(_libc.pause, ctypes.c_void_p)
+
+
+class Live(NamedTuple):
+    """A run in progress, as the zygote remembers it."""
+
+    run_id: int
+    pid: int
+    init_pid: int
+    init_stack: ctypes.Array[ctypes.c_char]
+
+
+class Zygote:
+    """Forks and reaps runs.
+
+    Args:
+        control: SEQPACKET socket to the gateway.
+        proc_fd: directory descriptor of /proc.
+        bpf: the compiled seccomp filter.
+    """
+
+    def __init__(self, control: socket.socket, proc_fd: int, bpf: bytes) -> None:
+        self._control = control
+        self._proc_fd = proc_fd
+        self._program, self._program_buffer = lockdown.compile_program(bpf)
+        self._own_pid_ns = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc_fd)
+        self._base_bytes = 0
+        self._live: dict[int, Live] = {}
+        self._poll = select.epoll()
+        self._poll.register(control, select.EPOLLIN)
+
+    def serve(self) -> None:
+        """Announce readiness and work until the gateway closes the socket."""
+        pages_total, pages_resident = (int(n) for n in self._read_proc("statm").split()[:2])
+        self._base_bytes = pages_total * os.sysconf("SC_PAGE_SIZE")
+        self._control.send(Reply(READY, 0, pages_resident * os.sysconf("SC_PAGE_SIZE")).pack())
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd != self._control.fileno():
+                    self._reap(fd)
+                elif not self._take_order():
+                    return
+
+    def _read_proc(self, name: str) -> str:
+        with open(os.open(f"self/{name}", os.O_RDONLY, dir_fd=self._proc_fd)) as file:
+            return file.read()
+
+    def _take_order(self) -> bool:
+        """Handle one order; False when the gateway has gone."""
+        record, ancillary, _, _ = self._control.recvmsg(1024, socket.CMSG_SPACE(ORDER_FDS * 4))
+        if not record:
+            return False
+        fds = array.array("i")
+        for _level, _kind, data in ancillary:
+            fds.frombytes(data)
+        order = Order.unpack(record)
+        try:
+            self._start(order, list(fds))
+        except OSError as error:
+            self._control.send(Reply(REFUSED, order.run_id, error.errno or 0).pack())
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _start(self, order: Order, fds: list[int]) -> None:
+        init_pid, stack = self._new_pid_namespace()
+        try:
+            pid = os.fork()
+        except OSError:
+            self._end_init(init_pid)
+            raise
+        if pid == 0:
+            self._become_run(order, fds)
+        pidfd = os.pidfd_open(pid)
+        self._live[pidfd] = Live(order.run_id, pid, init_pid, stack)
+        self._poll.register(pidfd, select.EPOLLIN)
+        attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))]
+        self._control.sendmsg([Reply(STARTED, order.run_id).pack()], attached)
+
+    def _new_pid_namespace(self) -> tuple[int, ctypes.Array[ctypes.c_char]]:
+        """Make a pid namespace whose first process only sleeps, and aim the next fork into it.
+
+        In it a run sees no process but itself, so it can signal and trace nobody. It is not process 1 itself, as the
+        kernel shields that one from its own signals (SIGSTOP, abort). Ending process 1 ends all that might be in the
+        namespace. It shares the zygote's memory (CLONE_VM) instead of copying it, and never runs anything but libc's
+        pause().
+        """
+        _setns(self._own_pid_ns, "return to the zygote's pid namespace")
+        stack = ctypes.create_string_buffer(INIT_STACK_BYTES)
+        top = (ctypes.addressof(stack) + INIT_STACK_BYTES) & ~0xF
+        init_pid = _libc.clone(_PAUSE, top, lockdown.CLONE_NEWPID | lockdown.CLONE_VM | signal.SIGCHLD, None)
+        lockdown.check(init_pid, "clone a pid namespace")
+        init_fd = os.pidfd_open(init_pid)
+        try:
+            _setns(init_fd, "setns into the run's pid namespace")
+        except OSError:
+            self._end_init(init_pid)
+            raise
+        finally:
+            os.close(init_fd)
+        return init_pid, stack
+
+    @staticmethod
+    def _end_init(init_pid: int) -> None:
+        os.kill(init_pid, signal.SIGKILL)
+        os.waitpid(init_pid, 0)
+
+    def _reap(self, pidfd: int) -> None:
+        run = self._live.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        _, status, usage = os.wait4(run.pid, 0)
+        self._end_init(run.init_pid)
+        self._control.send(Reply(EXITED, run.run_id, status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss).pack())
+
+    def _become_run(self, order: Order, fds: list[int]) -> None:
+        """The child's whole life: locked down first, then the snippet. Never returns."""
+        code_fd, stdin_fd, stdout_fd, stderr_fd, report_fd, event_fd = fds
+        exit_code = SETUP_FAILED_EXIT
+        report = None
+        try:
+            report = _libc.mmap(None, REPORT_BYTES, 3, 1, report_fd, 0)  # PROT_READ | PROT_WRITE, MAP_SHARED
+            source = os.pread(code_fd, os.fstat(code_fd).st_size, 0)
+            for target, fd in enumerate((stdin_fd, stdout_fd, stderr_fd)):
+                os.dup2(fd, target)
+            # dup2 to 3 inside must not overwrite a descriptor that is still needed: the event itself is the only one.
+            memory = self._base_bytes + order.memory_bytes
+            lockdown.lock_down(self._proc_fd, self._program, event_fd, memory, order.cpu_s, order.tmp_bytes)
+            exit_code = snippet.run(source, echo=order.echo, seed=None if order.seed < 0 else order.seed, report=report)
+        except BaseException as error:
+            if report is not None:
+                snippet.write_report(report, {"setup": f"{type(error).__name__}: {error}"})
+        finally:
+            os._exit(exit_code)
+
+
+def _setns(fd: int, step: str) -> None:
+    lockdown.check(_libc.setns(fd, lockdown.CLONE_NEWPID), step)
+
+
+def collapse_to_huge_pages(maps: str) -> None:
+    """Merge the warm heap into 2 MiB pages: a fork then copies hundreds of entries instead of tens of thousands (halves
+    its time).
+
+    Only an optimisation: a kernel without MADV_COLLAPSE (before 6.1) answers EINVAL, and so does an empty range.
+    """
+    for line in maps.splitlines():
+        span, permissions, _, _, inode = line.split()[:5]
+        if permissions.startswith("rw") and inode == "0":
+            low, high = (int(address, 16) for address in span.split("-"))
+            first = -(-low // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+            for address in range(first, high - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
+                _libc.madvise(address, HUGE_PAGE_BYTES, MADV_COLLAPSE)
+
+
+def main() -> None:
+    """Entry: ``argv[1]`` is the control socket, ``argv[2]`` /proc, ``argv[3]`` the filter, ``argv[4]`` a JSON list of
+    modules to preload.
+    """
+    control_fd, proc_fd, bpf_fd = (int(a) for a in sys.argv[1:4])
+    preload: list[str] = json.loads(sys.argv[4])
+    # Ctrl-C in a terminal is the gateway's to handle; Python's own handler would make process 1 of a run answer signals
+    # from inside.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    bpf = os.pread(bpf_fd, 1 << 16, 0)
+    os.close(bpf_fd)
+    # Imported by nearly every program at some time; cheap to hold, dear to import in each run.
+    for name in (*warmup.STANDARD_LIBRARY, *preload):
+        importlib.import_module(name)
+        for extra in warmup.SUBMODULES.get(name, ()):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(extra)
+    for name in preload:
+        exec(warmup.EXERCISE.get(name, ""), {})  # noqa: S102  our own constants
+    threads = len(os.listdir(os.open("self/task", os.O_RDONLY, dir_fd=proc_fd)))
+    if threads != 1:
+        raise SystemExit(
+            f"the zygote must have one thread to be forked safely, it has {threads}: a preloaded module started one"
+        )
+    zygote = Zygote(socket.socket(fileno=control_fd), proc_fd, bpf)
+    collapse_to_huge_pages(zygote._read_proc("maps"))
+    gc.collect()
+    gc.freeze()  # a collection in a child would otherwise write to, and so copy, every page of the warm heap
+    gc.disable()
+    zygote.serve()

@@ -1,0 +1,203 @@
+"""Keeps warm zygotes: starts them, proves them with canaries, replaces them, and picks one for each run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from services.sandbox_gateway import canaries, mends, policy
+from services.sandbox_gateway.tiers import Tier, TierChoice, tiers_for
+from services.sandbox_gateway.view import Interpreter, ViewError
+from services.sandbox_gateway.zygote_process import SandboxFault, ZygoteProcess
+
+log = logging.getLogger("singlestream.sandbox")
+
+MAX_FAILED_STARTS = 5
+"""Consecutive failures to bring a zygote up after which the gateway gives up, for its supervisor to see."""
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
+DRAIN_DEADLINE_S = 90.0
+"""A replaced zygote may finish its runs: the longest time-out, and some."""
+
+
+class IsolationUnavailable(Exception):
+    """This host does not isolate; the text says what it lacks and what mends it."""
+
+
+class ZygotePool:
+    """The zygotes in service.
+
+    Args:
+        interpreter: the sandbox's Python.
+        preload: modules to keep warm.
+        secret_path: a file that this process can read, for the canary that must not.
+        recycle_runs: runs after which a zygote is replaced.
+        recycle_s: age after which a zygote is replaced.
+        on_start: told (kind, reason) at every start of a zygote, for metrics.
+    """
+
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        preload: tuple[str, ...],
+        secret_path: str,
+        recycle_runs: int,
+        recycle_s: float,
+        on_start: Callable[[str, str], None] = lambda kind, reason: None,
+    ) -> None:
+        self._interpreter = interpreter
+        self._secret_path = secret_path
+        self._recycle_runs = recycle_runs
+        self._recycle_s = recycle_s
+        self._on_start = on_start
+        self.tiers = tiers_for(preload)
+        """Kinds that are kept."""
+        self._choice = TierChoice(self.tiers)
+        self._current: dict[str, ZygoteProcess] = {}
+        self._changed = asyncio.Condition()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._retiring: set[asyncio.Task[None]] = set()
+        self.failure: str | None = None
+        """Why the last start of a zygote failed. None after a start that worked."""
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Kind → ``ready`` or ``starting``."""
+        return {tier.name: "ready" if self._usable(tier.name) else "starting" for tier in self.tiers}
+
+    @property
+    def live_runs(self) -> int:
+        """Runs in the zygotes in service."""
+        return sum(zygote.live_runs for zygote in self._current.values())
+
+    async def start(self) -> None:
+        """Bring the ``plain`` zygote up, and begin with the others.
+
+        Raises:
+            IsolationUnavailable: it does not come up or a canary fails.
+        """
+        first = self.tiers[0]
+        self._keepers = [asyncio.create_task(self._keep(tier), name=f"keep {tier.name}") for tier in self.tiers[1:]]
+        self._current[first.name] = await self._start_proven(first, "first")
+        self._keepers.append(asyncio.create_task(self._keep(first), name=f"keep {first.name}"))
+
+    async def wait_all_ready(self, deadline_s: float) -> None:
+        """Wait until every kind is in service.
+
+        Raises:
+            IsolationUnavailable: one failed, or the deadline passed; names it.
+        """
+        until_s = time.monotonic() + deadline_s
+        while "starting" in self.states.values():
+            if self.failure is not None:
+                raise IsolationUnavailable(self.failure)
+            if time.monotonic() > until_s:
+                raise IsolationUnavailable(f"waited {deadline_s:.0f} s for zygotes: {self.states}")
+            await asyncio.sleep(0.02)
+
+    async def run_until_failure(self) -> None:
+        """Return never, but raise what ended a keeper: a dead background task is a crash.
+
+        Raises:
+            IsolationUnavailable: a kind of zygote cannot be brought up any more.
+        """
+        await asyncio.gather(*self._keepers)
+
+    async def pick(self, code: str, deadline_s: float) -> ZygoteProcess:
+        """A zygote for a snippet; waits while none is in service.
+
+        Raises:
+            TimeoutError: none came up within the deadline.
+        """
+        ranking = self._choice.ranking(code)
+        async with asyncio.timeout(deadline_s), self._changed:
+            while True:
+                for name in ranking:
+                    if self._usable(name):
+                        return self._current[name]
+                await self._changed.wait()
+
+    async def stop(self) -> None:
+        """End all zygotes; their runs are lost."""
+        tasks = [*self._keepers, *self._retiring]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(zygote.stop() for zygote in self._current.values()))
+        self._current.clear()
+
+    def _usable(self, name: str) -> bool:
+        return name in self._current and not self._current[name].gone.is_set()
+
+    async def _keep(self, tier: Tier) -> None:
+        """Keep one kind in service for ever: replace it when it dies, and before it is old."""
+        failures, reason = 0, "first"
+        while True:
+            if not self._usable(tier.name) or reason == "recycle":
+                try:
+                    fresh = await self._start_proven(tier, reason)
+                except IsolationUnavailable as error:
+                    failures += 1
+                    log.error("zygote %s failed to start (%d of %d): %s", tier.name, failures, MAX_FAILED_STARTS, error)
+                    if failures >= MAX_FAILED_STARTS:
+                        raise
+                    await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**failures))
+                    continue
+                failures = 0
+                await self._install(fresh)
+            reason = await self._until_replaced(self._current[tier.name])
+
+    async def _install(self, fresh: ZygoteProcess) -> None:
+        old = self._current.get(fresh.tier.name)
+        async with self._changed:
+            self._current[fresh.tier.name] = fresh
+            self._changed.notify_all()
+        if old is not None:
+            task = asyncio.create_task(_retire(old), name=f"retire {old.tier.name}")
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _until_replaced(self, zygote: ZygoteProcess) -> str:
+        """Wait until a zygote is due for replacement and say why."""
+        while True:
+            try:
+                async with asyncio.timeout(1.0):
+                    await zygote.gone.wait()
+                log.warning("zygote %s is gone: %s", zygote.tier.name, zygote.said() or "it said nothing")
+                return "died"
+            except TimeoutError:
+                age_s = asyncio.get_running_loop().time() - zygote.started_at_s
+                if zygote.runs_started >= self._recycle_runs or age_s >= self._recycle_s:
+                    return "recycle"
+
+    async def _start_proven(self, tier: Tier, reason: str) -> ZygoteProcess:
+        """Start a zygote and let it pass the canaries."""
+        self._on_start(tier.name, reason)
+        zygote = None
+        try:
+            zygote = await ZygoteProcess.start(tier, self._interpreter, policy.compile_bpf())
+            wrong = await canaries.failing_canaries(zygote, self._secret_path)
+            if wrong:
+                raise SandboxFault("; ".join(wrong))
+        except (SandboxFault, ViewError, OSError) as error:
+            if zygote is not None:
+                await zygote.stop()
+            self.failure = f"zygote {tier.name}: {error}: {mends.mend(str(error))}"
+            raise IsolationUnavailable(self.failure) from error
+        except BaseException:
+            if zygote is not None:
+                await zygote.stop()
+            raise
+        self.failure = None
+        return zygote
+
+
+async def _retire(zygote: ZygoteProcess) -> None:
+    """Let a replaced zygote finish its runs, then end it."""
+    until_s = time.monotonic() + DRAIN_DEADLINE_S
+    try:
+        while zygote.live_runs and not zygote.gone.is_set() and time.monotonic() < until_s:
+            await asyncio.sleep(0.05)
+    finally:
+        await zygote.stop()

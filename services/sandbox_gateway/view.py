@@ -1,0 +1,110 @@
+"""What the inside of the jail sees: the bubblewrap command line of a zygote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+INSIDE = Path(__file__).parent / "inside"
+SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/lib32")
+"""Shared libraries. Not /usr/bin (nothing may be executed), not /etc, not /usr/share."""
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+"""Bound one by one: bubblewrap's own --dev is a writable tmpfs with a pts and a shm."""
+NOBODY = "65534"
+
+
+class ViewError(Exception):
+    """The view cannot be built; the text says what is missing."""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python and the folders that it needs, at the same paths inside the jail as outside."""
+
+    executable: str
+    """The interpreter to start, for example a virtual environment's ``bin/python``."""
+    folders: tuple[str, ...]
+    """Folders to show, read-only."""
+
+
+@cache
+def find_interpreter(executable: str) -> Interpreter:
+    """Ask a Python where it lives.
+
+    Raises:
+        ViewError: it does not start.
+    """
+    program = (
+        "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]))"
+    )
+    try:
+        answer = subprocess.run(
+            [executable, "-I", "-c", program], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ViewError(f"the sandbox's Python {executable} does not start: {error}") from error
+    folders = set(json.loads(answer.stdout))
+    # A Python in /usr shares its prefix with the whole system: show what it needs of it, not /usr/local/etc and the
+    # rest.
+    shown = set()
+    for folder in folders:
+        if Path(folder) in (Path("/usr"), Path("/usr/local")):
+            shown.update(str(p) for p in (Path(folder) / "lib", Path(folder) / "bin") if p.is_dir())
+        else:
+            shown.add(folder)
+    return Interpreter(executable, tuple(sorted(f for f in shown if not f.startswith("/usr/lib"))))
+
+
+def bubblewrap_command(
+    interpreter: Interpreter, control_fd: int, proc_fd: int, bpf_fd: int, preload: tuple[str, ...]
+) -> list[str]:
+    """The command that starts a zygote.
+
+    Raises:
+        ViewError: bubblewrap is not installed.
+    """
+    bubblewrap = shutil.which("bwrap")
+    if bubblewrap is None:
+        raise ViewError("bubblewrap (bwrap) is not installed: apt-get install bubblewrap")
+    command = [
+        bubblewrap,
+        *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
+        # The jail dies with the gateway, and cannot push characters into its terminal.
+        *("--die-with-parent", "--new-session"),
+        # The zygote may unshare pid namespaces (in its own user namespace) and nothing else.
+        *("--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"),
+        *("--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
+    ]
+    for folder in SYSTEM_FOLDERS:
+        if os.path.isdir(folder):
+            command += ["--ro-bind", folder, folder]
+            command += ["--symlink", folder.removeprefix("/"), folder.removeprefix("/usr")]
+    for folder in interpreter.folders:
+        command += ["--ro-bind", folder, folder]
+    for device in DEVICES:
+        command += ["--dev-bind", device, device]
+    command += ["--ro-bind", str(INSIDE), "/sandbox/inside", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]  # noqa: S108
+    environment = {
+        "HOME": "/tmp",  # noqa: S108
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/bin:/bin",
+        # One thread: the zygote must not have others when it forks, and slots already fill the cores.
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        # All forks share one hash seed anyway; a fixed one makes the order of sets repeatable.
+        "PYTHONHASHSEED": "0",
+    }
+    command.append("--clearenv")
+    for name, value in environment.items():
+        command += ["--setenv", name, value]
+    start = "import sys; sys.path.insert(0, '/sandbox'); from inside.zygote import main; sys.path.pop(0); main()"
+    # -P and -s: nothing is imported from the working directory or a home; -B: no .pyc; -u: what a killed run has printed
+    # has been sent. Not -I, which would ignore the hash seed above.
+    python = [interpreter.executable, "-P", "-s", "-B", "-u", "-c", start]
+    return [*command, "--", *python, str(control_fd), str(proc_fd), str(bpf_fd), json.dumps(preload)]

@@ -1,0 +1,131 @@
+"""What to lease next, and how much: the replicas' demand against what admission allows. Pure but for the random draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.value_store import sampler
+from services.value_store.jobs import Job
+from services.value_store.memory import Memory
+from services.value_store.posterior import Retention
+from services.value_store.table import SPLITS, Table
+from singlestream.config import ValueStoreConfig
+
+ALIVE_S = 10.0
+"""A replica that has not reported for so long is not counted; it reports every 2 s."""
+
+MIN_BACKLOG = 8
+"""Unread leases kept at least while a replica lives, so that a fast one never finds the stream empty."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A rollout replica's last report; see `singlestream.streams.Keys.replicas`."""
+
+    name: str
+    slots: int
+    in_use: int
+    version: int | None
+    lineage: int | None
+    at_s: float
+
+    def alive(self, now_s: float) -> bool:
+        """Whether it has reported lately."""
+        return now_s - self.at_s < ALIVE_S
+
+
+def parse_replicas(raw: Mapping[bytes, bytes]) -> list[Replica]:
+    """Reports as they stand in Redis; one that cannot be read counts for nothing."""
+    replicas = []
+    for name, text in raw.items():
+        try:
+            report = json.loads(text)
+            replicas.append(
+                Replica(
+                    name=name.decode(),
+                    slots=int(report["slots"]),
+                    in_use=int(report["in_use"]),
+                    version=report.get("version"),
+                    lineage=report.get("lineage"),
+                    at_s=float(report["at_s"]),
+                )
+            )
+        except (ValueError, KeyError, TypeError):
+            continue
+    return sorted(replicas, key=lambda replica: replica.name)
+
+
+def demand(slots: int, held: int, unread: int) -> int:
+    """Leases that the streams should still get, ≥ 0: the free slots and a quarter of all as backlog, less what lies there unread.
+
+    Args:
+        slots: of the living replicas.
+        held: leases that replicas have taken and not ended.
+        unread: leases that none has taken.
+    """
+    if slots <= 0:
+        return 0
+    return max(0, max(0, slots - held) + max(MIN_BACKLOG, slots // 4) - unread)
+
+
+def split_demand(wanted: int, jobs: int, training: int) -> tuple[int, int]:
+    """Share leases between jobs and training: half each, and what one side cannot use goes to the other.
+
+    Args:
+        wanted: leases in all.
+        jobs: items that jobs could lease.
+        training: leases that training could take.
+
+    Returns:
+        (for jobs, for training).
+    """
+    for_jobs = min(jobs, max((wanted + 1) // 2, wanted - training))
+    return for_jobs, min(training, wanted - for_jobs)
+
+
+def pending_items(jobs: Iterable[Job], count: int) -> list[tuple[Job, int]]:
+    """The next items of unfinished jobs, oldest job first."""
+    items: list[tuple[Job, int]] = []
+    for job in sorted(jobs, key=lambda job: (job.created_at_s, job.job_id)):
+        if len(items) >= count:
+            break
+        if job.finished_at_s is None:
+            items.extend((job, item) for item in job.peek(count - len(items)))
+    return items
+
+
+def all_weights(
+    memory: Memory, settings: ValueStoreConfig, retention: Retention, rng: np.random.Generator | None = None
+) -> NDArray[np.float64]:
+    """Sampling weight of every row. Without ``rng``, ``thompson`` shows the weight of the posterior mean."""
+    table, mode = memory.table, settings.sampling
+    if rng is None:
+        mode, rng = ("uncertainty" if mode == "thompson" else mode), np.random.default_rng(0)
+    faded = settings.gamma > 0.0 or mode == "thompson"
+    fade: NDArray[np.float64] | float = fade_of(memory, retention) if faded else 1.0
+    return sampler.weights(table.alpha, table.beta, fade, mode, settings.epsilon, settings.gamma, rng)
+
+
+def training_weights(
+    memory: Memory, settings: ValueStoreConfig, retention: Retention, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """`all_weights`, but 0 where a training lease is outstanding or the prompt is not for training."""
+    weight = all_weights(memory, settings, retention, rng)
+    weight *= (memory.table.split == SPLITS.index("train")) & ~memory.table.in_flight
+    return weight
+
+
+def fade_of(memory: Memory, retention: Retention) -> NDArray[np.float64]:
+    """Share of each row's evidence that is still valid at the version published last."""
+    version = memory.newest.version if memory.newest else 0
+    return retention.fade(memory.clock.now, memory.table.z_last, version, memory.table.version)
+
+
+def training_prompts(table: Table) -> int:
+    """Prompts that training may draw, in flight or not."""
+    return int(np.count_nonzero(table.split == SPLITS.index("train")))

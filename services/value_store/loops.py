@@ -1,0 +1,115 @@
+"""The store's background loops: updates, results, policy versions, and issuing leases. Each runs until it is cancelled or fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from services.value_store import issuing
+from services.value_store.evidence import Entry
+from services.value_store.store import NotReady, Store
+from singlestream.streams.connection import LOST
+from singlestream.streams.ledger import PURPOSES
+
+log = logging.getLogger(__name__)
+
+ENTRIES_PER_BATCH = 4096
+RESULTS_PER_BATCH = 256
+"""Results carry whole trajectories: 256 of 32k tokens are about 80 MB."""
+BLOCK_MS = 1000
+TICK_S = 0.05
+"""A replica's free slot waits at most so long, and a script, for its next lease."""
+CHECK_EVERY_S = 1.0
+"""How often Redis' memory and its run id are read."""
+
+
+async def follow_updates(store: Store) -> None:
+    """Apply ``posterior_updates`` as they arrive."""
+    await _follow(store, store.keys.posterior_updates, ENTRIES_PER_BATCH, store.take_updates)
+
+
+async def follow_results(store: Store) -> None:
+    """Apply ``results`` as they arrive."""
+    await _follow(store, store.keys.scored, RESULTS_PER_BATCH, store.take_results)
+
+
+async def _follow(
+    store: Store, stream: str, count: int, take: Callable[[str, Sequence[Entry]], Awaitable[None]]
+) -> None:
+    while True:
+        await store.until_ready()
+        memory = store.memory
+        try:
+            after = memory.cursors.get(stream, "0-0")
+            entries = await store.streams.read_stream(stream, after, count, BLOCK_MS)
+            if entries:
+                await take(memory.epoch, entries)
+        except NotReady:
+            await asyncio.sleep(TICK_S)
+        except LOST as error:
+            store.doubt(error)
+
+
+async def follow_versions(store: Store) -> None:
+    """Note policy versions as the learner publishes them."""
+    while True:
+        await store.until_ready()
+        memory = store.memory
+        try:
+            stream = store.keys.policy_versions
+            for entry, _, data in await store.streams.read_stream(stream, memory.versions_cursor, 64, BLOCK_MS):
+                store.note_version(memory.epoch, entry, data)
+        except LOST as error:
+            store.doubt(error)
+
+
+async def issue_leases(store: Store) -> None:
+    """Keep the lease streams as full as the living replicas need, and wind an early stop down."""
+    checked_s = 0.0
+    while True:
+        await store.until_ready()
+        try:
+            if time.monotonic() - checked_s > CHECK_EVERY_S:
+                await check_redis(store)
+                checked_s = time.monotonic()
+            if store.memory.state == "stopping":
+                await store.wind_down()
+            wanted = await _wanted(store)
+            if wanted:
+                await store.issue(wanted)
+        except NotReady:
+            pass
+        except LOST as error:
+            store.doubt(error)
+        await asyncio.sleep(TICK_S)
+
+
+async def check_redis(store: Store) -> None:
+    """Notice a restart of Redis, and memory that runs out."""
+    info = await store.redis.info()
+    if str(info["run_id"]) != store.memory.redis_run_id:
+        store.doubt(ConnectionError("Redis has restarted"))
+        return
+    limit = int(info["maxmemory"])
+    full = bool(limit) and int(info["used_memory"]) >= store.config.value_store.redis_memory_share * limit
+    if full and not store.memory_full:
+        log.warning("leasing stops: Redis uses %d of %d bytes", info["used_memory"], limit)
+    store.memory_full = full
+
+
+async def _wanted(store: Store) -> int:
+    keys = store.keys
+    async with store.redis.pipeline(transaction=False) as pipe:
+        pipe.hgetall(keys.replicas)
+        for purpose in PURPOSES:
+            pipe.xlen(keys.leases(purpose))
+            pipe.execute_command("XPENDING", keys.leases(purpose), "rollout")
+        raw, *lengths = await pipe.execute()
+    store.replicas = issuing.parse_replicas(raw)
+    now_s = time.time()
+    slots = sum(replica.slots for replica in store.replicas if replica.alive(now_s))
+    held = sum(pending["pending"] if isinstance(pending, dict) else pending[0] for pending in lengths[1::2])
+    unread = max(0, sum(lengths[0::2]) - held)
+    return issuing.demand(slots, held, unread)

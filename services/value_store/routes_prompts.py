@@ -1,0 +1,171 @@
+"""REST: prompts and their values."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgpack
+from fastapi import APIRouter, Depends, Path, Query, Request
+from starlette.exceptions import HTTPException
+
+from services.value_store import views
+from services.value_store.evidence import HISTORY_FIELDS
+from services.value_store.prompts import Prompt
+from services.value_store.schemas import (
+    PROMPT_ID,
+    History,
+    HistoryEntry,
+    Problem,
+    PromptIn,
+    PromptOut,
+    PromptPage,
+    Upserted,
+    ValueOut,
+    Values,
+    ValuesQuery,
+)
+from services.value_store.store import Store
+from services.value_store.table import Split
+from services.value_store.views import Filters, Order
+from singlestream.streams.ledger import prompt_id
+
+SCANNED_PER_PAGE = 20_000
+"""Prompts whose text one request searches: a page may be short while its cursor goes on."""
+SCANNED_AT_A_TIME = 1000
+
+reads = APIRouter(prefix="/v1", tags=["prompts"])
+writes = APIRouter(prefix="/v1", tags=["prompts"])
+
+
+def get_store(request: Request) -> Store:
+    """The application's store."""
+    store: Store = request.app.state.store
+    return store
+
+
+StoreDep = Annotated[Store, Depends(get_store)]
+IdPath = Annotated[str, Path(pattern=PROMPT_ID, description="Prompt id.", examples=["3f2a9c01d4e5b677"])]
+NOT_FOUND = {404: {"description": "No such prompt.", "model": Problem}}
+
+
+def bound(count: int, limit: int, what: str) -> None:
+    """Refuse more than a request may hold."""
+    if count > limit:
+        raise HTTPException(422, f"{count} {what} in one request; the bound is {limit}")
+
+
+@writes.post("/prompts", summary="Insert or update prompts in bulk")
+async def upsert(store: StoreDep, prompts: list[PromptIn]) -> Upserted:
+    """Source and question make a prompt's id; answer, environment and split of a known prompt are replaced, its value stays.
+
+    May be repeated safely, also after a 503.
+    """
+    bound(len(prompts), store.config.value_store.max_prompts_per_request, "prompts")
+    packed = [Prompt(p.question, p.answer, p.source, p.environment, p.split) for p in prompts]
+    return Upserted(ids=await store.upsert(packed, [p.prior_rewards for p in prompts]))
+
+
+@reads.get("/prompts", summary="List prompts")
+async def list_prompts(
+    store: StoreDep,
+    source: Annotated[str | None, Query(description="Only this source.")] = None,
+    split: Annotated[Split | None, Query(description="Only this split.")] = None,
+    q: Annotated[
+        str | None, Query(min_length=1, max_length=1000, description="Text in the question, any case.")
+    ] = None,
+    v_hat_min: Annotated[float | None, Query(ge=0, le=1)] = None,
+    v_hat_max: Annotated[float | None, Query(ge=0, le=1)] = None,
+    visits_min: Annotated[int | None, Query(ge=0, le=2**32)] = None,
+    visits_max: Annotated[int | None, Query(ge=0, le=2**32)] = None,
+    n_eff_min: Annotated[float | None, Query(ge=0)] = None,
+    n_eff_max: Annotated[float | None, Query(ge=0)] = None,
+    order: Annotated[Order, Query(description="What to order by.")] = "id",
+    descending: Annotated[bool, Query(description="Greatest first.")] = False,
+    limit: Annotated[int, Query(ge=1, description="Prompts a page; bounded by max_page.")] = 50,
+    cursor: Annotated[str | None, Query(max_length=100, description="From the page before.")] = None,
+) -> PromptPage:
+    """Pages follow one another by (order, id). A text search may return a short page with a cursor: go on from it."""
+    bound(limit, store.config.value_store.max_page, "prompts a page")
+    memory, retention = store.memory, store.retention
+    try:
+        after = views.unpack_cursor(cursor) if cursor else None
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
+    filters = Filters(source, split, v_hat_min, v_hat_max, visits_min, visits_max, n_eff_min, n_eff_max)
+    rows = views.matching(memory, retention, filters)
+    keys = views.order_keys(memory, store.config.value_store, retention, order, rows)
+    keys = -keys if descending else keys
+    ids = memory.table.id_number[rows]
+    found: list[PromptOut] = []
+    scanned, step = 0, limit if q is None else SCANNED_AT_A_TIME
+    while True:
+        places = views.page(keys, ids, step, after)
+        scanned += len(places)
+        for place, one in zip(places, await _with_texts(store, rows[places].tolist(), q), strict=True):
+            after = (float(keys[place]), int(ids[place]))
+            if one is not None:
+                found.append(one)
+            if len(found) == limit:
+                break
+        if len(places) < step and len(found) < limit:
+            return PromptPage(prompts=found, cursor=None)
+        if len(found) >= limit or scanned >= SCANNED_PER_PAGE:
+            more = after is not None and len(views.page(keys, ids, 1, after)) > 0
+            return PromptPage(prompts=found, cursor=views.pack_cursor(*after) if more and after else None)
+
+
+async def _with_texts(store: Store, rows: list[int], q: str | None) -> list[PromptOut | None]:
+    memory = store.memory
+    prompts = await store.fetch_prompts([memory.table.id(row) for row in rows])
+    wanted = [p is not None and (q is None or q.casefold() in p.question.casefold()) for p in prompts]
+    shown = iter(
+        views.value_outs(memory, store.retention, [row for row, keep in zip(rows, wanted, strict=True) if keep])
+    )
+    return [
+        views.prompt_out(next(shown), prompt) if keep and prompt is not None else None
+        for prompt, keep in zip(prompts, wanted, strict=True)
+    ]
+
+
+@reads.get("/prompts/{prompt_id}", summary="One prompt and its posterior", responses=NOT_FOUND)
+async def get_prompt(store: StoreDep, prompt_id: IdPath) -> PromptOut:
+    """The interval and n_eff are faded by the policy's drift since the last evidence."""
+    row = store.memory.table.row(prompt_id)
+    shown = await _with_texts(store, [row], None) if row is not None else [None]
+    if shown[0] is None:
+        raise HTTPException(404, f"no prompt {prompt_id}")
+    return shown[0]
+
+
+@reads.get("/prompts/{prompt_id}/history", summary="Every update of one prompt", responses=NOT_FOUND)
+async def get_history(
+    store: StoreDep, prompt_id: IdPath, limit: Annotated[int, Query(ge=1, le=100_000)] = 256
+) -> History:
+    """Newest first, at most as many as the store keeps (``history_entries``)."""
+    if prompt_id not in store.memory.table:
+        raise HTTPException(404, f"no prompt {prompt_id}")
+    records = await store.redis.lrange(store.keys.history(prompt_id), 0, limit - 1)
+    entries = [HistoryEntry(**dict(zip(HISTORY_FIELDS, msgpack.unpackb(r, raw=False), strict=True))) for r in records]
+    return History(prompt_id=prompt_id, entries=entries)
+
+
+@reads.post("/values", summary="Values of many prompts")
+async def lookup(store: StoreDep, query: ValuesQuery) -> Values:
+    """By ids, or by the questions' exact texts; a text's source may be left open."""
+    if (query.ids is None) == (query.texts is None):
+        raise HTTPException(422, "give either ids or texts")
+    table = store.memory.table
+    bound(len(query.ids or query.texts or ()), store.config.value_store.max_prompts_per_request, "prompts")
+    if query.ids is not None:
+        rows = [table.row(one) for one in query.ids]
+    else:
+        sources = table.sources if query.source is None else [query.source]
+        bound(len(sources) * len(query.texts or ()), 1_000_000, "texts × sources")
+        rows = [
+            next((row for source in sources if (row := table.row(prompt_id(source, text))) is not None), None)
+            for text in query.texts or ()
+        ]
+    shown: dict[int, ValueOut] = {}
+    known = sorted({row for row in rows if row is not None})
+    shown.update(zip(known, views.value_outs(store.memory, store.retention, known), strict=True))
+    return Values(values=[None if row is None else shown[row] for row in rows])

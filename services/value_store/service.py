@@ -1,0 +1,84 @@
+"""The process: an HTTP server and the background loops, ending together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+
+import uvicorn
+
+from services.value_store import loops
+from services.value_store.app import make_app
+from services.value_store.store import Store
+from singlestream.config import Config
+from singlestream.streams.connection import connect
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_S = 5
+"""Requests under way get so long at SIGTERM."""
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn would raise the signal again after its own shutdown, before the loops have ended
+        yield
+
+
+def serve(config: Config) -> None:
+    """Run the store until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: it would listen off loopback without tokens.
+        Fenced: another store has taken over.
+        DeadlineExceeded: Redis stayed away too long.
+    """
+    asyncio.run(run(config))
+
+
+async def run(config: Config) -> None:
+    """`serve`, inside a running event loop."""
+    settings = config.value_store
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    redis = connect(config.run.redis_url)
+    store = Store(config, redis)
+    server = _Server(
+        uvicorn.Config(
+            make_app(store, settings),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+        )
+    )
+    tasks = [
+        asyncio.create_task(work, name=name)
+        for name, work in (
+            ("keep_ready", store.keep_ready()),
+            ("follow_updates", loops.follow_updates(store)),
+            ("follow_results", loops.follow_results(store)),
+            ("follow_versions", loops.follow_versions(store)),
+            ("issue_leases", loops.issue_leases(store)),
+        )
+    ]
+    http = asyncio.create_task(server.serve(), name="http")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
+    log.info("listening on http://%s:%d", settings.host, settings.port)
+    try:
+        done, _ = await asyncio.wait([http, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # a loop that has ended has failed: its error ends the process
+    finally:
+        server.should_exit = True
+        for task in tasks:
+            task.cancel()
+        for task in (*tasks, http):
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+        await redis.aclose()

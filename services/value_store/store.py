@@ -1,0 +1,386 @@
+"""The one writer: every change of Redis passes here, one at a time, and memory follows only what has been written."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+from redis.asyncio import Redis
+
+from services.value_store import evidence, issuing, posterior, sampler
+from services.value_store.drift_clock import UnknownVersions
+from services.value_store.evidence import Batch, Entry
+from services.value_store.jobs import Job
+from services.value_store.memory import Memory, OpenLease, load_memory
+from services.value_store.posterior import Retention
+from services.value_store.prompts import Prompt
+from services.value_store.table import SPLITS, new_record
+from singlestream.config import Config
+from singlestream.contracts import Lease, Purpose, Sampling, Tombstone, decode_as, lease_id
+from singlestream.contracts.policy_version import PolicyVersion
+from singlestream.errors import ContractError, DeadlineExceeded, SinglestreamError, UnknownOutcome
+from singlestream.streams.connection import LOST
+from singlestream.streams.keys import Keys
+from singlestream.streams.ledger import Change, ValueStoreStreams
+
+log = logging.getLogger(__name__)
+
+PROMPTS_PER_SCRIPT = 1000
+"""Prompts that one script writes: a long script holds up everyone."""
+
+
+class NotReady(SinglestreamError):
+    """The store cannot answer now; the text says what it waits for. Ask again."""
+
+
+class Refused(SinglestreamError):
+    """The request contradicts the run's state; the text says how. Nothing was changed."""
+
+
+class Store:
+    """Memory, the lock of the one writer, and everything that changes Redis.
+
+    Args:
+        config: the run's settings.
+        redis: a client from `singlestream.streams.connect`.
+    """
+
+    def __init__(self, config: Config, redis: Redis) -> None:
+        self.config, self.redis = config, redis
+        self.keys = Keys(config.run.name)
+        self.streams = ValueStoreStreams(redis, self.keys)
+        settings = config.value_store
+        self.retention = Retention(
+            settings.retention,
+            settings.rho_constant,
+            settings.rho_min,
+            settings.rho_max,
+            settings.rho_event,
+            config.learner.d_half,
+        )
+        self.rng = np.random.default_rng()
+        self.replicas: list[issuing.Replica] = []
+        self.memory_full = False
+        self.rebuilds = 0
+        self.rho_recent = np.empty(0)
+        self._memory: Memory | None = None
+        self._trouble: str | None = "Redis, for its first answer"
+        self._doubt = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._doubt.set()
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What the store waits for before it can write; None when it can."""
+        return self._trouble
+
+    @property
+    def memory(self) -> Memory:
+        """Memory for reading: while Redis is away, as it was last. Raises `NotReady` before it was first read."""
+        if self._memory is None:
+            raise NotReady(f"the value store waits for {self._trouble}")
+        return self._memory
+
+    async def until_ready(self) -> None:
+        """Wait until memory mirrors Redis. `keep_ready` bounds the wait: it ends the process at its deadline."""
+        await self._ready.wait()
+
+    def doubt(self, error: BaseException) -> None:
+        """Stop writing: memory may not be what Redis holds. `keep_ready` reads everything anew."""
+        if self._trouble is None:
+            log.warning("memory is forgotten and read again: %s", error)
+        self._trouble = f"Redis, to read everything anew ({error})"
+        self._ready.clear()
+        self._doubt.set()
+
+    async def keep_ready(self) -> None:
+        """Read Redis at the start and after every doubt, with backoff. Runs for the life of the process.
+
+        Raises:
+            Fenced: another store has taken over.
+            DeadlineExceeded: Redis stayed away for ``redis_deadline_s``.
+        """
+        while True:
+            await self._doubt.wait()
+            started, pause_s = time.monotonic(), 0.05
+            while self._doubt.is_set():
+                try:
+                    await self._read_anew()
+                except (*LOST, UnknownOutcome) as error:
+                    waited_s = time.monotonic() - started
+                    if waited_s > self.config.value_store.redis_deadline_s:
+                        raise DeadlineExceeded(f"Redis, to read the value store's state ({error})", waited_s) from error
+                    self._trouble = f"Redis, to read everything anew ({error})"
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, 2.0)
+
+    async def _read_anew(self) -> None:
+        started = time.monotonic()
+        async with self._lock:
+            self._doubt.clear()
+            try:
+                self._memory = await load_memory(self.streams, self.config)
+            except BaseException:
+                self._doubt.set()
+                raise
+            self._trouble = None
+            self._ready.set()
+        self.rebuilds += 1
+        seconds = time.monotonic() - started
+        log.info("epoch %s: %d prompts read in %.2f s", self._memory.epoch, len(self._memory.table), seconds)
+
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[Memory]:
+        async with self._lock:
+            if self._trouble is not None:
+                raise NotReady(f"the value store waits for {self._trouble}")
+            try:
+                yield self.memory
+            except (NotReady, Refused):
+                raise
+            except (*LOST, UnknownOutcome) as error:
+                self.doubt(error)
+                raise NotReady(f"the change may or may not have been made: {error}; ask again") from error
+            except (
+                BaseException
+            ) as error:  # a cancelled request may have written, a failed plan may have half changed memory
+                self.doubt(error)
+                raise
+
+    async def _commit(self, change: Change) -> None:
+        await self.streams.commit(change, self.config.value_store.history_entries)
+
+    async def _take(
+        self, stream: str, entries: Sequence[Entry], plan: Callable[[Sequence[Entry], Memory], Batch]
+    ) -> None:
+        while entries:
+            async with self._writing() as memory:
+                if entries[0][0] == memory.cursors.get(stream):
+                    return
+                try:
+                    batch = plan(entries, memory)
+                except UnknownVersions as unknown:
+                    await self._learn_clock(memory, unknown.versions)
+                    batch = plan(entries, memory)
+                await self._commit(batch.change)
+                batch.apply(memory)
+                if len(batch.rho):
+                    self.rho_recent = batch.rho
+            entries = entries[batch.entries :]
+
+    async def take_updates(self, epoch: str, entries: Sequence[Entry]) -> None:
+        """Apply a stretch of ``posterior_updates``, read under that epoch from the cursor on. Raises `NotReady` or `Fenced`."""
+        run = self.config.run
+        stream, total = self.keys.posterior_updates, run.total_steps * run.train_batch_size
+
+        def plan(part: Sequence[Entry], memory: Memory) -> Batch:
+            self._same(memory, epoch)
+            return evidence.plan_updates(part, stream, memory, self.retention, time.time(), total)
+
+        await self._take(stream, entries, plan)
+
+    async def take_results(self, epoch: str, entries: Sequence[Entry]) -> None:
+        """Apply a stretch of ``results``, read under that epoch from the cursor on. Raises `NotReady` or `Fenced`."""
+        stream, rho_min = self.keys.scored, self.config.value_store.rho_min
+
+        def plan(part: Sequence[Entry], memory: Memory) -> Batch:
+            self._same(memory, epoch)
+            return evidence.plan_results(part, stream, memory, rho_min, time.time())
+
+        await self._take(stream, entries, plan)
+
+    @staticmethod
+    def _same(memory: Memory, epoch: str) -> None:
+        if memory.epoch != epoch:
+            raise NotReady("memory was read anew since these entries were read")
+
+    def note_version(self, epoch: str, entry: str, data: bytes) -> None:
+        """Note a published policy version; entries read under an older epoch are passed over, one that cannot be read is logged."""
+        memory = self.memory
+        if memory.epoch != epoch:
+            return
+        memory.versions_cursor = entry
+        try:
+            memory.publish(decode_as(PolicyVersion, data))
+        except ContractError as error:
+            log.error("policy version in entry %s cannot be read: %s", entry, error)
+
+    async def _learn_clock(self, memory: Memory, versions: set[int]) -> None:
+        # An update may arrive before the publication of its version has been read from the other stream.
+        found = await self.redis.hmget(self.keys.clock, [str(version) for version in versions])
+        for version, z in zip(versions, found, strict=True):
+            if z is None:
+                log.warning("evidence names version %d, which has no z: that of an older one is taken", version)
+                memory.clock.miss(version)
+            else:
+                memory.clock.observe(version, float(z))
+
+    async def fetch_prompts(self, ids: Sequence[str]) -> list[Prompt | None]:
+        """Texts of prompts, from Redis; None for those it does not hold."""
+        if not ids:
+            return []
+        return [Prompt.unpack(data) if data else None for data in await self.redis.hmget(self.keys.prompts, list(ids))]
+
+    async def upsert(self, prompts: Sequence[Prompt], priors: Sequence[Sequence[float] | None]) -> list[str]:
+        """Insert prompts, or replace their answer, environment and split; returns their ids.
+
+        A prior is set from offline rewards, each in [0, 1], where the prompt has no visits yet. A request that ends in `NotReady` may be
+        repeated.
+        """
+        ids = [prompt.prompt_id for prompt in prompts]
+        for start in range(0, len(ids), PROMPTS_PER_SCRIPT):
+            part = slice(start, start + PROMPTS_PER_SCRIPT)
+            async with self._writing() as memory:
+                texts, values = self._upserted(memory, prompts[part], priors[part])
+                await self._commit(Change(prompts=texts, values=values))
+                memory.table.put(list(values), list(values.values()))
+        return ids
+
+    def _upserted(
+        self, memory: Memory, prompts: Sequence[Prompt], priors: Sequence[Sequence[float] | None]
+    ) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        table, now_s, rho_min = memory.table, time.time(), self.config.value_store.rho_min
+        texts, values = {}, {}
+        try:
+            for prompt in prompts:
+                table.source_number(prompt.source)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        for prompt, rewards in zip(prompts, priors, strict=True):
+            texts[prompt.prompt_id] = prompt.pack()
+            row = table.row(prompt.prompt_id)
+            if row is not None and (table.visits[row] > 0 or rewards is None):
+                split = np.array([SPLITS.index(prompt.split)])
+                values[prompt.prompt_id] = table.records(np.array([row]), split=split)[0]
+            elif prompt.prompt_id not in values or rewards is not None:
+                alpha, beta = posterior.prior(sum(rewards or ()), len(rewards or ()), rho_min)
+                record = new_record(float(alpha), float(beta), prompt.split, prompt.source, now_s)
+                values[prompt.prompt_id] = record
+        return texts, values
+
+    async def create_job(self, job: Job) -> None:
+        """Enter a job; its items are leased as the replicas' demand allows. Raises `Refused` for prompts that are not known."""
+        async with self._writing() as memory:
+            unknown = [prompt_id for prompt_id in job.prompt_ids if prompt_id not in memory.table]
+            if unknown:
+                raise Refused(f"{len(unknown)} prompts are not known, first {unknown[0]!r}")
+            await self._commit(Change(jobs={job.job_id: job.pack()}))
+            memory.jobs[job.job_id] = job
+
+    async def set_training(self, state: str) -> str:
+        """Move training to running, paused or stopped; returns the state it is in then (stopping until the end marker stands).
+
+        Raises:
+            Refused: training has been stopped or has finished, and the learner has been told so.
+        """
+        async with self._writing() as memory:
+            target = "stopping" if state == "stopped" else state
+            if memory.state in ("stopping", "stopped", "finished"):
+                if state == "stopped" and memory.state != "finished":
+                    return memory.state
+                raise Refused(f"training is {memory.state}; that cannot be taken back")
+            if memory.state != target:
+                await self._commit(Change(state=target))
+                memory.state = target
+        log.info("training is %s", target)
+        return target
+
+    async def wind_down(self) -> None:
+        """One round of an early stop: cancel what no replica has taken; end the stream once every lease has ended in it."""
+        async with self._writing() as memory:
+            if memory.state != "stopping":
+                return
+            unread = [
+                (lease, entry, self._cancelled(memory, lease))
+                for lease, entry in await self.streams.unread("train")
+                if lease in memory.open["train"]
+            ]
+            cancelled = await self.streams.cancel("train", unread) if unread else []
+            for lease in cancelled:
+                memory.close(lease, "cancelled")
+            if await self.streams.end_training("stopped", "stopping", "stopped"):
+                memory.state = "stopped"
+                log.info("training is stopped; %d leases are with the learner", len(memory.open["train"]))
+
+    @staticmethod
+    def _cancelled(memory: Memory, lease: str) -> Tombstone:
+        prompt_id = memory.open["train"][lease].prompt_id
+        detail = "training was stopped before a replica took it"
+        return Tombstone(lease_id=lease, prompt_id=prompt_id, reason="cancelled", detail=detail, attempts=0)
+
+    def training_blocked_by(self) -> str | None:
+        """Why no training lease is issued now; None where one may be."""
+        memory, run = self.memory, self.config.run
+        if memory.state != "running":
+            return f"training to be set running (it is {memory.state})"
+        if memory.newest is None:
+            return "the learner's first policy version"
+        if (prompts := issuing.training_prompts(memory.table)) < run.train_batch_size:
+            return f"{run.train_batch_size} prompts of split train, one batch (there are {prompts})"
+        if self.memory_full:
+            return "memory in Redis: its share of maxmemory is used up"
+        if (bound := memory.admission.binding) is not None:
+            return f"leases to end: the bound {bound} admits no more"
+        return None
+
+    async def issue(self, wanted: int) -> int:
+        """Lease up to ``wanted`` episodes, jobs and training sharing them; returns how many were issued."""
+        async with self._writing() as memory:
+            open_jobs = [job for job in memory.jobs.values() if job.finished_at_s is None]
+            items = [] if self.memory_full else issuing.pending_items(open_jobs, wanted)
+            may_train = 0 if self.training_blocked_by() else memory.admission.headroom
+            for_jobs, for_training = issuing.split_demand(wanted, len(items), may_train)
+            issued = await self._issue_items(memory, items[:for_jobs])
+            if for_training > 0:
+                weight = issuing.training_weights(memory, self.config.value_store, self.retention, self.rng)
+                rows = sampler.draw(weight, for_training, self.rng)
+                sampling = Sampling(temperature=self.config.run.temperature, top_p=1.0, top_k=0)
+                drawn = [(memory.table.id(row), None, 0, sampling) for row in rows.tolist()]
+                issued += await self._issue_leases(memory, "train", drawn)
+        return issued
+
+    async def _issue_items(self, memory: Memory, items: list[tuple[Job, int]]) -> int:
+        issued = 0
+        for purpose in ("estimate", "evaluate"):
+            part = [
+                (job.prompt_of(item), job.job_id, item, job.sampling) for job, item in items if job.purpose == purpose
+            ]
+            issued += await self._issue_leases(memory, purpose, part)  # type: ignore[arg-type]
+        return issued
+
+    async def _issue_leases(
+        self, memory: Memory, purpose: Purpose, drawn: list[tuple[str, str | None, int, Sampling]]
+    ) -> int:
+        if not drawn:
+            return 0
+        prompts = await self.fetch_prompts([prompt_id for prompt_id, *_ in drawn])
+        now_s, version = time.time(), memory.newest.version if memory.newest else 0
+        leases: list[tuple[Lease, OpenLease]] = []
+        for (prompt_id, job, item, sampling), prompt in zip(drawn, prompts, strict=True):
+            row = memory.table.row(prompt_id)
+            if prompt is None or row is None:
+                raise UnknownOutcome(f"prompt {prompt_id} has a value but no text in Redis")
+            v_hat = float(posterior.v_hat(memory.table.alpha[row], memory.table.beta[row]))
+            lease = Lease(
+                lease_id=lease_id(purpose, memory.epoch, memory.issued[purpose] + len(leases) + 1),
+                prompt_id=prompt_id,
+                question=prompt.question,
+                answer=prompt.answer,
+                environment=prompt.environment,
+                v_hat=v_hat,
+                version=version,
+                sampling=sampling,
+                job=job,
+                issued_at_s=now_s,
+            )
+            leases.append((lease, OpenLease(prompt_id, v_hat, version, now_s, job, item)))
+        await self.streams.issue(purpose, [(lease, record.pack()) for lease, record in leases])
+        memory.issued[purpose] += len(leases)
+        for lease, record in leases:
+            memory.add(lease.lease_id, record)
+        return len(leases)

@@ -1,0 +1,86 @@
+"""The `singlestream` command. Heavy imports stand inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from singlestream.errors import SinglestreamError
+
+app = typer.Typer(
+    help="Asynchronous reinforcement learning for language models with Single-stream Policy Optimization.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", envvar="SINGLESTREAM_CONFIG", help="The run's TOML file.", exists=True)
+]
+
+
+def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work``; Ctrl-C or SIGTERM cancels it, so that it stops its services cleanly. Exits 1 on a named error."""
+
+    async def main() -> None:
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        await task
+
+    try:
+        asyncio.run(main())
+    except asyncio.CancelledError:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from None
+    except BaseExceptionGroup as group:
+        known, unknown = group.split(SinglestreamError)
+        if unknown is not None or known is None:
+            raise
+        for error in _leaves(known):
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except SinglestreamError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _leaves(group: BaseExceptionGroup[SinglestreamError]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
+
+
+@app.command()
+def up(
+    config: ConfigOption,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts to post: question, answer, source, environment, split.")
+    ] = None,
+    paused: Annotated[bool, typer.Option(help="Leave training paused; PUT /v1/training starts it.")] = False,
+) -> None:
+    """Start an embedded Redis and all services on this machine, and train until done or Ctrl-C."""
+    from singlestream.cli.up import up as work
+
+    run_until_signal(work(config, prompts, paused))
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="tiny or smollm2; `make setup` or `make demo-smollm2` makes it.")] = "tiny",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps instead of the configuration's.")] = None,
+) -> None:
+    """Train a small model with SPO on this machine, evaluate before and after, and write a report."""
+    from singlestream.demo.run import demo as work
+
+    run_until_signal(work(model, steps))
+
+
+if __name__ == "__main__":
+    app()

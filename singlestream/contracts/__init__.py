@@ -1,0 +1,33 @@
+"""The messages that the services exchange, and their encoding."""
+
+from singlestream.contracts.envelope import decode, decode_as, encode
+from singlestream.contracts.lease import Lease, Progress, Purpose, Sampling
+from singlestream.contracts.message import Message, lease_id, parse_lease_id
+from singlestream.contracts.policy_version import PolicyVersion, TensorEntry, WeightManifest
+from singlestream.contracts.posterior_update import Outcome, PosteriorUpdate
+from singlestream.contracts.trajectory import EndOfRun, EndReason, FailReason, Segment, Tombstone, ToolCall, Trajectory
+
+__all__ = [
+    "EndOfRun",
+    "EndReason",
+    "FailReason",
+    "Lease",
+    "Message",
+    "Outcome",
+    "PolicyVersion",
+    "PosteriorUpdate",
+    "Progress",
+    "Purpose",
+    "Sampling",
+    "Segment",
+    "TensorEntry",
+    "Tombstone",
+    "ToolCall",
+    "Trajectory",
+    "WeightManifest",
+    "decode",
+    "decode_as",
+    "encode",
+    "lease_id",
+    "parse_lease_id",
+]

@@ -1,0 +1,379 @@
+"""The value store's side.
+
+Leases, values and the ledger, each change one script behind the store's fence (DESIGN.md, I1, I2, I12).
+
+Every write compares the fence with this store's epoch, and those that apply a stream compare its cursor too, so a
+change happens once or not at all. A reply that is lost, a server that has restarted (its script cache is empty) or a
+Redis that differs from the store's memory raises `UnknownOutcome`: the caller forgets its memory, takes a new epoch
+and reads everything again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
+
+from singlestream.contracts import EndOfRun, Lease, Outcome, Purpose, Tombstone, encode
+from singlestream.errors import Fenced, UnknownOutcome
+from singlestream.streams.connection import LOST
+from singlestream.streams.keys import GROUP, Keys
+
+PURPOSES: tuple[Purpose, ...] = ("train", "estimate", "evaluate")
+OUTCOMES: tuple[Outcome, ...] = ("trained", "stale", "failed", "scored", "cancelled")
+
+TAKE_OVER = """
+-- KEYS: fence   ARGV: new token, then the tokens that it may replace (none: any)
+local holder = redis.call('GET', KEYS[1])
+if holder and #ARGV > 1 then
+  local ours = false
+  for i = 2, #ARGV do ours = ours or holder == ARGV[i] end
+  if not ours then return false end
+end
+redis.call('SET', KEYS[1], ARGV[1])
+return 1
+"""
+
+ISSUE = """
+-- KEYS: fence, leases, live, outstanding, ledger   ARGV: token, ledger field, (lease, payload, record)...
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
+for i = 3, #ARGV, 3 do
+  local entry = redis.call('XADD', KEYS[2], '*', 'id', ARGV[i], 'm', ARGV[i + 1])
+  redis.call('HSET', KEYS[3], ARGV[i], entry)
+  redis.call('HSET', KEYS[4], ARGV[i], ARGV[i + 2])
+end
+redis.call('HINCRBY', KEYS[5], ARGV[2], (#ARGV - 2) / 3)
+return 1
+"""
+
+COMMIT = """
+-- KEYS: fence, cursors, ledger, dead_letters   ARGV: token, msgpack of the change   returns 1, or what differs from the store's memory
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
+local change = cmsgpack.unpack(ARGV[2])
+local function chunks(list, call)  -- Lua's stack bounds the arguments of one command
+  for i = 1, #list, 2000 do call(unpack(list, i, math.min(i + 1999, #list))) end
+end
+if change.stream and (redis.call('HGET', KEYS[2], change.stream) or '0-0') ~= change.before then
+  return 'the cursor of ' .. change.stream
+end
+for key, leases in pairs(change.closes) do
+  local differs = nil
+  chunks(leases, function(...)
+    local found = redis.call('HMGET', key, ...)
+    for i = 1, #found do if not found[i] then differs = key end end
+  end)
+  if differs then return differs end
+end
+for key, leases in pairs(change.closes) do
+  chunks(leases, function(...) redis.call('HDEL', key, ...) end)
+end
+for key, pairs_ in pairs(change.hashes) do
+  chunks(pairs_, function(...) redis.call('HSET', key, ...) end)
+end
+for i = 1, #change.history, 2 do
+  if redis.call('LPUSH', change.history[i], change.history[i + 1]) > change.history_entries then
+    redis.call('LTRIM', change.history[i], 0, change.history_entries - 1)
+  end
+end
+for name, count in pairs(change.counts) do redis.call('HINCRBY', KEYS[3], name, count) end
+for key, text in pairs(change.strings) do redis.call('SET', key, text) end
+for _, letter in ipairs(change.dead_letters) do
+  redis.call('XADD', KEYS[4], '*', 'source', letter[1], 'id', letter[2], 'reason', letter[3], 'm', letter[4])
+end
+if change.stream then
+  redis.call('HSET', KEYS[2], change.stream, change.after)
+  redis.call('XTRIM', change.stream, 'MINID', change.after)
+end
+return 1
+"""
+
+CANCEL = """
+-- KEYS: fence, leases, live, outstanding, target, ledger   ARGV: token, group, ledger field, (lease, entry, tombstone)...
+-- returns the leases cancelled: those whose entry no replica has been given
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
+local read = '0-0'
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[2])) do
+  local about = {}
+  for i = 1, #group, 2 do about[group[i]] = group[i + 1] end
+  if about['name'] == ARGV[2] then read = about['last-delivered-id'] end
+end
+local unread = {}
+for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '(' .. read, '+')) do unread[entry[1]] = true end
+local cancelled = {}
+for i = 4, #ARGV, 3 do
+  local lease, entry = ARGV[i], ARGV[i + 1]
+  if unread[entry] and redis.call('HGET', KEYS[3], lease) == entry and redis.call('HDEL', KEYS[4], lease) == 1 then
+    redis.call('HDEL', KEYS[3], lease)
+    redis.call('XDEL', KEYS[2], entry)
+    redis.call('XADD', KEYS[5], '*', 'id', lease, 'm', ARGV[i + 2])
+    cancelled[#cancelled + 1] = lease
+  end
+end
+if #cancelled > 0 then redis.call('HINCRBY', KEYS[6], ARGV[3], #cancelled) end
+return cancelled
+"""
+
+END_TRAINING = """
+-- KEYS: fence, outstanding, live, trajectories, state   ARGV: token, payload, state before, state after
+-- returns 1 when the marker stands behind every lease's end, 0 while a lease is still with a replica
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
+if redis.call('GET', KEYS[5]) ~= ARGV[3] then return 0 end
+for _, lease in ipairs(redis.call('HKEYS', KEYS[2])) do
+  if redis.call('HEXISTS', KEYS[3], lease) == 1 then return 0 end
+end
+redis.call('XADD', KEYS[4], '*', 'id', '', 'm', ARGV[2])
+redis.call('SET', KEYS[5], ARGV[4])
+return 1
+"""
+
+LEASES_PER_SCRIPT = 256
+"""Leases that one script issues or cancels: a long script holds up everyone."""
+
+
+def prompt_id(source: str, question: str) -> str:
+    """Stable number of a prompt: 16 hex digits of the SHA-256 of its source and its question."""
+    return hashlib.sha256(f"{source}\x00{question}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class LedgerCounts:
+    """The ledger of one purpose (I1).
+
+    Args:
+        leased: leases ever issued.
+        outstanding: leases that have not ended.
+        ended: leases by outcome; every outcome is a key.
+    """
+
+    leased: int
+    outstanding: int
+    ended: dict[Outcome, int]
+
+    @property
+    def adds_up(self) -> bool:
+        """Leased = outstanding + trained + stale + failed + scored + cancelled."""
+        return self.leased == self.outstanding + sum(self.ended.values())
+
+
+async def read_ledger(redis: Redis, keys: Keys) -> dict[Purpose, LedgerCounts]:
+    """Read the whole ledger at one moment, from Redis alone."""
+    async with redis.pipeline(transaction=True) as pipe:
+        pipe.hgetall(keys.ledger)
+        for purpose in PURPOSES:
+            pipe.hlen(keys.outstanding(purpose))
+        raw, *outstanding = await pipe.execute()
+    counts = {name.decode(): int(count) for name, count in raw.items()}
+    return {
+        purpose: LedgerCounts(
+            leased=counts.get(f"{purpose}:leased", 0),
+            outstanding=number,
+            ended={outcome: counts.get(f"{purpose}:{outcome}", 0) for outcome in OUTCOMES},
+        )
+        for purpose, number in zip(PURPOSES, outstanding, strict=True)
+    }
+
+
+@dataclass
+class Change:
+    """One atomic change of values and ledger.
+
+    Args:
+        stream: key of the stream that is applied; None for a change that no stream asked for.
+        before: its cursor as the store remembers it; the change happens only if Redis agrees.
+        after: its new cursor; older entries are trimmed.
+        closes: (lease, outcome) of leases that must be outstanding.
+        values: prompt id → packed posterior.
+        prompts: prompt id → packed prompt.
+        history: (prompt id, record), oldest first.
+        jobs: job id → packed job.
+        job_results: job id → {item: packed result}.
+        dead_letters: (source, lease, reason, message).
+        duplicates: entries that named no outstanding lease.
+        state: what training does from now on; None leaves it.
+        calibration: packed sums; None leaves them.
+    """
+
+    stream: str | None = None
+    before: str = "0-0"
+    after: str = "0-0"
+    closes: list[tuple[str, Outcome]] = field(default_factory=list)
+    values: dict[str, bytes] = field(default_factory=dict)
+    prompts: dict[str, bytes] = field(default_factory=dict)
+    history: list[tuple[str, bytes]] = field(default_factory=list)
+    jobs: dict[str, bytes] = field(default_factory=dict)
+    job_results: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    dead_letters: list[tuple[str, str, str, bytes]] = field(default_factory=list)
+    duplicates: int = 0
+    state: str | None = None
+    calibration: bytes | None = None
+
+
+class ValueStoreStreams:
+    """What the value store reads and writes.
+
+    A write raises `Fenced` once another store has taken over, and `UnknownOutcome` where it may or may not have
+    happened; then `take_over` comes before the next one. Nothing is repeated here.
+    """
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self.redis, self.keys = redis, keys
+        self.epoch = ""
+        self._epochs: list[str] = []
+        self._shas: dict[str, str] = {}
+
+    async def take_over(self) -> str:
+        """Become the one writer, with a new epoch (8 hex digits), which it returns.
+
+        The first call takes the fence from anyone; later calls only from this process's own epochs, so a store that
+        was replaced while its connection was down learns it here.
+
+        Raises:
+            Fenced: another store has taken over since.
+        """
+        epoch = secrets.token_hex(4)
+        mine, self._epochs = list(self._epochs), [*self._epochs, epoch]
+        for text in (TAKE_OVER, ISSUE, COMMIT, CANCEL, END_TRAINING):
+            self._shas[text] = await self.redis.script_load(text)
+        taken = await self.redis.evalsha(self._shas[TAKE_OVER], 1, self.keys.fence("value_store"), epoch, *mine)
+        if taken is None:
+            raise self._fenced()
+        self.epoch = epoch
+        for purpose in PURPOSES:
+            try:
+                await self.redis.xgroup_create(self.keys.leases(purpose), GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+        return epoch
+
+    def _fenced(self) -> Fenced:
+        return Fenced(f"another value store has taken over run {self.keys.run!r}; this one stops")
+
+    async def _write(self, script: str, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
+        fence = self.keys.fence("value_store")
+        try:
+            reply = await self.redis.evalsha(self._shas[script], len(keys) + 1, fence, *keys, self.epoch, *args)
+        except NoScriptError as error:
+            raise UnknownOutcome("Redis has restarted since this store read it") from error
+        except LOST as error:
+            raise UnknownOutcome(f"the reply of a write was lost ({error})") from error
+        except OutOfMemoryError as error:
+            raise UnknownOutcome(f"Redis is full ({error})") from error
+        if reply is None:
+            raise self._fenced()
+        return reply
+
+    async def issue(self, purpose: Purpose, leases: Sequence[tuple[Lease, bytes]]) -> None:
+        """Append leases to their stream and to the ledger; each comes with its record of what is outstanding."""
+        keys = [
+            self.keys.leases(purpose),
+            self.keys.live,
+            self.keys.outstanding(purpose),
+            self.keys.ledger,
+        ]
+        for start in range(0, len(leases), LEASES_PER_SCRIPT):
+            part = leases[start : start + LEASES_PER_SCRIPT]
+            fields = [text for lease, record in part for text in (lease.lease_id, encode(lease), record)]
+            await self._write(ISSUE, keys, [f"{purpose}:leased", *fields])
+
+    async def commit(self, change: Change, history_entries: int) -> None:
+        """Apply a change as a whole.
+
+        Raises `UnknownOutcome` also where Redis differs from what the change was computed from.
+        """
+        closes: dict[str, list[str]] = defaultdict(list)
+        counts: dict[str, int] = defaultdict(int)
+        for lease, outcome in change.closes:
+            purpose: Purpose = lease.split(":", 1)[0]  # type: ignore[assignment]
+            closes[self.keys.outstanding(purpose)].append(lease)
+            counts[f"{purpose}:{outcome}"] += 1
+        if change.duplicates:
+            counts["duplicates"] = change.duplicates
+        strings = {self.keys.state: change.state, self.keys.calibration: change.calibration}
+        hashes = {
+            self.keys.values: change.values,
+            self.keys.prompts: change.prompts,
+            self.keys.jobs: change.jobs,
+            **{self.keys.job_results(job): results for job, results in change.job_results.items()},
+        }
+        wire = {
+            "stream": change.stream or False,
+            "before": change.before,
+            "after": change.after,
+            "closes": closes,
+            "hashes": {key: [x for pair in items.items() for x in pair] for key, items in hashes.items() if items},
+            "history": [x for prompt, record in change.history for x in (self.keys.history(prompt), record)],
+            "history_entries": history_entries,
+            "counts": counts,
+            "strings": {key: text for key, text in strings.items() if text is not None},
+            "dead_letters": change.dead_letters,
+        }
+        packed = msgpack.packb(wire, use_bin_type=False)  # Lua's strings are bytes
+        reply = await self._write(COMMIT, [self.keys.cursors, self.keys.ledger, self.keys.dead_letters], [packed])
+        if reply != 1:
+            raise UnknownOutcome(f"{reply.decode()} in Redis differs from this store's memory")
+
+    async def unread(self, purpose: Purpose) -> list[tuple[str, str]]:
+        """(lease, entry) of leases that no replica has been given yet."""
+        stream = self.keys.leases(purpose)
+        read = "0-0"
+        for group in await self.redis.xinfo_groups(stream):
+            if group["name"] == GROUP.encode():
+                read = group["last-delivered-id"].decode()
+        entries = await self.redis.xrange(stream, f"({read}", "+")
+        return [(fields.get(b"id", b"").decode(), entry.decode()) for entry, fields in entries]
+
+    async def cancel(self, purpose: Purpose, unread: Sequence[tuple[str, str, Tombstone]]) -> list[str]:
+        """End those of the leases, given as (lease, entry, tombstone), that are still unread; returns their numbers.
+
+        A tombstone stands in each one's place in the stream of results, so that the numbers read there stay without
+        gaps.
+        """
+        keys = [
+            self.keys.leases(purpose),
+            self.keys.live,
+            self.keys.outstanding(purpose),
+            self.keys.results(purpose),
+            self.keys.ledger,
+        ]
+        cancelled: list[str] = []
+        for start in range(0, len(unread), LEASES_PER_SCRIPT):
+            part = unread[start : start + LEASES_PER_SCRIPT]
+            fields = [text for lease, entry, tombstone in part for text in (lease, entry, encode(tombstone))]
+            reply = await self._write(CANCEL, keys, [GROUP, f"{purpose}:cancelled", *fields])
+            cancelled.extend(lease.decode() for lease in reply)
+        return cancelled
+
+    async def end_training(self, reason: str, before: str, after: str) -> bool:
+        """Append the end marker and move the state, once every training lease has ended in the stream.
+
+        False: not yet.
+        """
+        keys = [self.keys.outstanding("train"), self.keys.live, self.keys.trajectories, self.keys.state]
+        return bool(await self._write(END_TRAINING, keys, [encode(EndOfRun(reason=reason)), before, after]))
+
+    async def read_stream(self, stream: str, after: str, count: int, block_ms: int) -> list[tuple[str, bytes, bytes]]:
+        """Entries after the cursor as (entry, lease, encoded message); waits for the first."""
+        reply = await self.redis.xread({stream: after}, count=count, block=block_ms)
+        entries = reply[0][1] if reply else []
+        return [(entry.decode(), fields.get(b"id", b""), fields.get(b"m", b"")) for entry, fields in entries]
+
+    async def scan(self, key: str) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        """All fields of a hash in batches, without holding Redis up for long.
+
+        A field may come twice while the hash grows.
+        """
+        cursor = 0
+        while True:
+            cursor, part = await self.redis.hscan(key, cursor, count=10_000)
+            if part:
+                yield list(part.items())
+            if cursor == 0:
+                return

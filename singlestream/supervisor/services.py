@@ -1,0 +1,100 @@
+"""The services of one machine, as child processes: their command lines and what makes each ready."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+from redis.asyncio import Redis
+
+from singlestream.config import Config, Listening
+from singlestream.embedded_redis import EmbeddedRedis
+from singlestream.streams import LOST, Keys
+from singlestream.supervisor.child import Spec
+
+HEARTBEAT_S = 10.0
+"""The learner writes its heartbeat every 2 s; one older than this is not taken as a sign of life."""
+
+
+def http_ready(listening: Listening) -> Callable[[], Awaitable[str | None]]:
+    """A check of ``GET /readyz``: None when it answers 200, else what the service says it waits for."""
+    url = f"http://{listening.host}:{listening.port}/readyz"
+
+    async def ready() -> str | None:
+        try:
+            async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+                reply = await client.get(url)
+        except httpx.HTTPError as error:
+            return f"an answer from {url} ({type(error).__name__})"
+        if reply.status_code == httpx.codes.OK:
+            return None
+        try:
+            body = reply.json()
+            return str(body.get("waiting_for") or body.get("detail") or f"{url} to answer 200")
+        except ValueError:
+            return f"{url} to answer 200 (it says {reply.status_code})"
+
+    return ready
+
+
+def redis_ready(redis: Redis) -> Callable[[], Awaitable[str | None]]:
+    """A check that the server answers and has loaded its file."""
+
+    async def ready() -> str | None:
+        try:
+            await redis.ping()
+        except LOST as error:
+            return f"its first answer ({type(error).__name__})"
+        return None
+
+    return ready
+
+
+def learner_ready(redis: Redis, keys: Keys) -> Callable[[], Awaitable[str | None]]:
+    """A check that the learner's heartbeat is fresh and its first weights are published."""
+
+    async def ready() -> str | None:
+        try:
+            text = await redis.get(keys.learner)
+            published = await redis.exists(keys.policy_versions)
+        except LOST as error:
+            return f"Redis ({type(error).__name__})"
+        heartbeat = json.loads(text) if text else None
+        if heartbeat is None or time.time() - heartbeat["at_s"] > HEARTBEAT_S:
+            return "its first heartbeat"
+        return None if published else "its first policy version"
+
+    return ready
+
+
+def specs(config: Config, config_path: Path, server: EmbeddedRedis, redis: Redis) -> list[list[Spec]]:
+    """The services in starting order; those of one inner list start together."""
+    keys = Keys(config.run.name)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    env = {
+        "SINGLESTREAM_CONFIG": str(config_path.resolve()),
+        "SINGLESTREAM_RUN__REDIS_URL": server.url,
+        "OMP_NUM_THREADS": threads,
+        # Services share the cores: threads that spin while they wait would slow each other 10-30 times.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    python = sys.executable
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.learner.ranks}"]
+
+    def service(name: str, listening: Listening) -> Spec:
+        return Spec(name, [python, "-m", f"services.{name}"], http_ready(listening), env)
+
+    learner = Spec(
+        "learner", [*torchrun, "-m", "services.learner"], learner_ready(redis, keys), env, ready_s=300.0, completes=True
+    )
+    return [
+        [Spec("redis", server.command(), redis_ready(redis))],
+        [service("sandbox_gateway", config.sandbox_gateway), service("value_store", config.value_store)],
+        [service("rollout", config.rollout), learner],
+    ]

@@ -1,0 +1,102 @@
+"""The one live line: where the run stands, from the learner's step log and Redis alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+
+from singlestream.streams import GROUP, LOST, Keys
+
+TAIL_BYTES = 65_536
+ETA_STEPS = 10
+"""Steps whose mean duration the estimate of the remaining time rests on."""
+
+
+@dataclass(frozen=True)
+class Queues:
+    """Depths of the queues, in leases and trajectories.
+
+    Args:
+        unread: leases no replica has taken yet.
+        running: leases in replicas' hands.
+        outstanding: training leases not closed yet, trajectories waiting for the learner included.
+        dead_letters: messages that could not be used, since the run began.
+    """
+
+    unread: int
+    running: int
+    outstanding: int
+    dead_letters: int
+
+
+async def read_queues(redis: Redis, keys: Keys) -> Queues | None:
+    """Depths at this moment; None while Redis is away."""
+    try:
+        unread = running = 0
+        for purpose in ("train", "estimate", "evaluate"):
+            stream = keys.leases(purpose)
+            held = 0
+            if await redis.exists(stream):
+                held = next((g["pending"] for g in await redis.xinfo_groups(stream) if g["name"].decode() == GROUP), 0)
+            running += held
+            unread += await redis.xlen(stream) - held
+        outstanding = await redis.hlen(keys.outstanding("train"))
+        return Queues(unread, running, outstanding, await redis.xlen(keys.dead_letters))
+    except LOST:
+        return None
+
+
+def read_steps(path: Path, count: int = ETA_STEPS + 1) -> list[dict[str, Any]]:
+    """The last steps of a step log; a line still being written is left out."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    steps = []
+    for line in lines[-count:]:
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            continue
+    return steps
+
+
+def eta_s(steps: list[dict[str, Any]], total_steps: int) -> float | None:
+    """Seconds left at the pace of the last steps; None before two steps are done."""
+    if len(steps) < 2:
+        return None
+    pace_s = (steps[-1]["wall_s"] - steps[0]["wall_s"]) / (steps[-1]["step"] - steps[0]["step"])
+    return float(max(0.0, (total_steps - steps[-1]["step"]) * pace_s))
+
+
+def render(steps: list[dict[str, Any]], queues: Queues | None, total_steps: int) -> str:
+    """The line itself."""
+    parts = []
+    if steps:
+        last = steps[-1]
+        left_s = eta_s(steps, total_steps)
+        parts += [
+            f"step {last['step']}/{total_steps}",
+            f"reward {last['reward_mean']:.3f}",
+            f"tools {last['tool_calls_mean']:.2f}",
+            f"staleness {last['staleness_mean']:.2f} (max {last['staleness_max']})",
+            f"{last['tokens_per_s']:.0f} tokens/s",
+            f"learner idle {100 * last['learner_idle_ratio']:.0f}%",
+            f"ETA {left_s:.0f} s" if left_s is not None else "ETA -",
+        ]
+    else:
+        parts.append(f"step 0/{total_steps}")
+    if queues is None:
+        parts.append("Redis does not answer")
+    else:
+        parts.append(f"leases {queues.unread} unread {queues.running} running {queues.outstanding} open")
+        if queues.dead_letters:
+            parts.append(f"{queues.dead_letters} dead letters")
+    return " | ".join(parts)

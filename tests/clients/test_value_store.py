@@ -1,0 +1,130 @@
+"""Both clients against the real application over a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from services.value_store.store import Store
+from singlestream.clients.value_store import AsyncValueStore, NewPrompt, ValueStore
+from singlestream.errors import ServiceError
+from singlestream.streams import Keys
+from tests.services.value_store.conftest import StoreProcess, store_process  # noqa: F401  a fixture
+from tests.services.value_store.world import World, until
+
+
+def prompts(count: int) -> list[NewPrompt]:
+    return [NewPrompt(question=f"q{i}", answer=str(i), source="s") for i in range(count)]
+
+
+async def test_both_clients_tell_the_same(redis: Redis, keys: Keys, store_process: StoreProcess) -> None:  # noqa: F811
+    store_process.start()
+    world = World(redis, keys)
+    await world.start()
+    await world.publish(0)
+    async with AsyncValueStore(store_process.url) as store:
+        ids = await store.upsert(prompts(10))
+        job = await store.create_job("evaluate", prompt_ids=ids[:2], n=2)
+        assert (await store.set_training("running")).state == "running"
+
+        async def finished() -> bool:
+            await world.report()
+            await world.play()
+            await world.train()
+            return (await store.job(job.job_id)).state == "finished" and (await store.training()).trained >= 20
+
+        await until(finished, "a job and 20 trainings")
+        await store.set_training("paused")
+
+        async def quiet() -> bool:
+            await world.play()
+            await world.train()
+            return (await store.ledger()).train.outstanding == 0
+
+        await until(quiet, "the rest")
+        assert await store.ready()
+
+        def blocking() -> list[object]:
+            with ValueStore(store_process.url) as sync:
+                assert sync.upsert(prompts(10)) == ids
+                return [
+                    sync.training(),
+                    sync.ledger(),
+                    sync.policy(),
+                    sync.get(ids[0]),
+                    sync.history(ids[0]),
+                    sync.list(limit=3, order="value", descending=True),
+                    list(sync.iterate(limit=3)),
+                    sync.values(ids=ids),
+                    sync.values(texts=["q3", "nowhere"]),
+                    sync.jobs(),
+                    sync.job(job.job_id),
+                    list(sync.job_results(job.job_id)),
+                    sync.stats().visits,
+                    len(sync.preview(4)),
+                    sync.ready(),
+                ]
+
+        assert await asyncio.to_thread(blocking) == [
+            await store.training(),
+            await store.ledger(),
+            await store.policy(),
+            await store.get(ids[0]),
+            await store.history(ids[0]),
+            await store.list(limit=3, order="value", descending=True),
+            [one async for one in store.iterate(limit=3)],
+            await store.values(ids=ids),
+            await store.values(texts=["q3", "nowhere"]),
+            await store.jobs(),
+            await store.job(job.job_id),
+            [one async for one in store.job_results(job.job_id)],
+            (await store.stats()).visits,
+            4,
+            True,
+        ]
+        with pytest.raises(ServiceError, match="404 no prompt") as caught:
+            await store.get("f" * 16)
+        assert caught.value.status == 404
+        with pytest.raises(ServiceError, match="no job"):
+            [one async for one in store.job_results("0123456789ab")]
+
+
+def test_a_store_that_is_away() -> None:
+    with ValueStore("http://127.0.0.1:9") as store:
+        assert not store.ready()
+        with pytest.raises(ServiceError, match=r"GET /v1/training: ConnectError") as caught:
+            store.training()
+    assert caught.value.status is None
+
+
+def test_a_reply_that_is_not_known_is_an_error() -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"state": "flying"}))
+    with (
+        ValueStore("http://127.0.0.1:9", transport=transport) as store,
+        pytest.raises(ServiceError, match="not what this client knows"),
+    ):
+        store.training()
+
+
+def test_bad_arguments_never_reach_the_wire() -> None:
+    with ValueStore("http://127.0.0.1:9") as store:
+        with pytest.raises(ValueError, match=r"1\.5 is not in \[0, 1\]"):
+            store.upsert([NewPrompt(question="q", answer="a", prior_rewards=[1.5])])
+        with pytest.raises(ValueError, match="either ids or texts"):
+            store.values()
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(kind: type) -> dict[str, list[str]]:
+        return {
+            name: list(inspect.signature(method).parameters)
+            for name, method in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    assert methods(ValueStore) == methods(AsyncValueStore)
+    assert Store is not None

@@ -1,0 +1,41 @@
+"""A tiny random model, made once, and a factory of recorded runs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from singlestream.embedded_redis import EmbeddedRedis
+from singlestream.streams import Keys
+from tests.services.learner.recorded import Run, random_model
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Qwen3 with random weights."""
+    return random_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def sync_redis(redis_server: EmbeddedRedis) -> Iterator[Redis]:
+    with Redis(unix_socket_path=str(redis_server.socket)) as client:
+        yield client
+
+
+@pytest.fixture
+def make_run(tiny: Path, redis_server: EmbeddedRedis, keys: Keys, tmp_path: Path) -> Callable[..., Run]:
+    """A run of the test's own name; further names for comparisons."""
+
+    def make(suffix: str = "", run: dict[str, Any] | None = None, learner: dict[str, Any] | None = None) -> Run:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        name = keys.run + suffix
+        return Run(tmp_path, tiny, redis_server.url, name, port, run or {}, learner or {})
+
+    return make

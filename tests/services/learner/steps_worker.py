@@ -1,0 +1,55 @@
+"""Run by torchrun in tests: a few steps on a recorded batch; rank 0 saves what they made of the weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from services.learner.advantages import advantages, normalise
+from services.learner.drift import make_probe
+from services.learner.model import full_tensors
+from services.learner.policy import Policy
+from services.learner.ranks import Ranks
+from services.learner.samples import to_sample
+from singlestream.config import LearnerConfig
+from tests.services.learner.recorded import trajectory
+
+STEPS = 2
+
+
+def main(model: Path, out: Path, settings: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks(60)
+    policy = Policy(model, LearnerConfig(**settings), 1.0, ranks)  # type: ignore[arg-type]
+    rng = np.random.default_rng(5)
+    facts = []
+    for step in range(STEPS):
+        # ages 0 to 5 under a bound of 4: some segments are masked
+        batch = [to_sample(trajectory(n, rng, version=n % 6), 5, 4) for n in range(1, 12)]
+        raw = advantages(np.array([s.reward for s in batch]), np.array([s.v_hat for s in batch]))
+        scaled = normalise(raw, np.array([s.trained_tokens for s in batch]), "token")
+        probe = make_probe(policy, batch[:4], batch, 1000)
+        scores = policy.logprobs(policy.micro_batches(batch)) if ranks.world == 1 else []
+        result = policy.update(batch, scaled, step)
+        facts.append(
+            {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "drift": probe.drift(),
+                "micro_batches": len(policy.micro_batches(batch)),
+                "logprob_sum": float(sum(part.double().sum() for part in scores)),
+                **{k: v for k, v in result.means.items() if k != "entropy"},
+            }
+        )
+    tensors = dict(full_tensors(policy.model, torch.float32))
+    if ranks.first:
+        torch.save({"facts": facts, "tensors": tensors}, out)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

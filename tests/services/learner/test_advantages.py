@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.learner.advantages import advantages, normalise
+from tests.services.learner.reference import reference_normalise
+
+REWARDS = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.99), st.integers(0, 40)), min_size=1, max_size=12)
+
+
+def test_the_baseline_is_the_one_frozen_at_the_lease() -> None:
+    assert advantages(np.array([1.0, 0.0]), np.array([0.25, 0.25])).tolist() == [0.75, -0.25]
+
+
+def test_token_normaliser_by_hand() -> None:
+    """A = (1, −1) with 1 and 3 tokens: μ = −½, σ² = (1·2.25 + 3·0.25)/3 = 1."""
+    normal = normalise(np.array([1.0, -1.0]), np.array([1, 3]), "token")
+    assert normal == pytest.approx([1.5, -0.5], abs=1e-7)
+
+
+def test_trajectory_normaliser_is_the_reference_recipes() -> None:
+    """torch.std of (0.5, −0.5, 0.5, −0.5) is 0.57735 (unbiased); its epsilon is 1e-8."""
+    normal = normalise(np.array([0.5, -0.5, 0.5, -0.5]), np.array([7, 1, 1, 1]), "trajectory")
+    assert normal == pytest.approx([0.8660254, -0.8660254, 0.8660254, -0.8660254], abs=1e-6)
+
+
+@pytest.mark.parametrize("over", ["token", "trajectory"])
+def test_equal_advantages_give_zeros(over: str) -> None:
+    assert np.abs(normalise(np.full(7, 0.1), np.arange(1, 8), over)).max() < 1e-6  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("over", ["token", "trajectory"])
+def test_one_trajectory_gives_zero(over: str) -> None:
+    assert normalise(np.array([0.7]), np.array([5]), over) == pytest.approx([0.0])  # type: ignore[arg-type]
+
+
+def test_no_tokens_give_zeros() -> None:
+    assert normalise(np.array([0.7, -0.2]), np.array([0, 0]), "token").tolist() == [0.0, 0.0]
+
+
+@given(REWARDS)
+def test_token_mean_vanishes(rows: list[tuple[float, float, int]]) -> None:
+    raw = advantages(np.array([r for r, _, _ in rows]), np.array([v for _, v, _ in rows]))
+    tokens = np.array([n for _, _, n in rows])
+    normal = normalise(raw, tokens, "token")
+    assert abs((tokens * normal).sum()) < 1e-6 * max(1, tokens.sum())
+
+
+@given(REWARDS, st.sampled_from(["token", "trajectory"]))
+def test_against_the_reference(rows: list[tuple[float, float, int]], over: str) -> None:
+    raw = [r - v for r, v, _ in rows]
+    tokens = [n for _, _, n in rows]
+    normal = normalise(np.array(raw), np.array(tokens), over)  # type: ignore[arg-type]
+    np.testing.assert_allclose(normal, reference_normalise(raw, tokens, over), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,100 @@
+"""Every attack is contained by the running gateway, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.services.sandbox_gateway.attacks import ATTACKS, Attack
+from tests.services.sandbox_gateway.gateway import SECRET, Gateway
+
+CLEAN = """
+import builtins, json, math, os, sys, threading
+import numpy, sympy
+facts = {
+    "files": os.listdir("/tmp"),
+    "threads": threading.active_count(),
+    "pi": math.pi, "sympy": str(sympy.pi), "len": len("abc"), "dumps": json.dumps([1]), "sum": int(numpy.sum([1, 2])),
+    "names": sorted(set(globals()) - {"builtins", "json", "math", "os", "sys", "threading", "numpy", "sympy"}),
+}
+print(json.dumps(facts))
+"""
+CLEAN_FACTS = {
+    "files": [],
+    "threads": 1,
+    "pi": 3.141592653589793,
+    "sympy": "pi",
+    "len": 3,
+    "dumps": "[1]",
+    "sum": 3,
+    "names": ["__builtins__", "__doc__", "__file__", "__loader__", "__name__", "__package__", "__spec__"],
+}
+
+
+class CanaryServers:
+    """What no run may reach: a TCP port and an abstract Unix socket."""
+
+    def __init__(self) -> None:
+        self.tcp = socket.create_server(("127.0.0.1", 0))
+        self.tcp.setblocking(False)
+        self.port = self.tcp.getsockname()[1]
+        self.abstract_name = f"@sandbox-canary-{self.port}"
+        self.abstract = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.abstract.bind(self.abstract_name.replace("@", "\0"))
+        self.abstract.setblocking(False)
+
+    def assert_not_reached(self) -> None:
+        for receive in (self.tcp.accept, lambda: self.abstract.recv(100)):
+            with pytest.raises(BlockingIOError):
+                receive()
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[CanaryServers]:
+    started = CanaryServers()
+    yield started
+    started.tcp.close()
+    started.abstract.close()
+
+
+@pytest.fixture(scope="module")
+def processes_when_idle(gateway: Gateway) -> int:
+    return len(gateway.descendants())
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_contained(gateway: Gateway, servers: CanaryServers, processes_when_idle: int, attack: Attack) -> None:
+    files_before = gateway.open_files()
+    code = attack.code.replace("CANARY_PORT", str(servers.port)).replace("CANARY_ABSTRACT", servers.abstract_name)
+    result = gateway.run(code, **{"timeout_s": 20, **attack.request})
+
+    assert result["status"] in attack.statuses, result
+    if attack.stdout is not None:
+        assert result["stdout"] == attack.stdout, result
+    assert SECRET not in json.dumps(result)
+    servers.assert_not_reached()
+    gateway.wait_idle(processes_when_idle)
+    assert gateway.open_files() == files_before
+    assert gateway.http.get("/readyz").status_code == 200
+    after = gateway.run(CLEAN, timeout_s=30)
+    assert (after["status"], json.loads(after["stdout"] or "null")) == ("ok", CLEAN_FACTS), after
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(ATTACKS) >= 45
+    assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
+
+
+def test_no_zygote_died_of_them(gateway: Gateway) -> None:
+    """Runs last in this file: all attacks went through the zygotes that the gateway started with."""
+    assert 'reason="died"' not in gateway.http.get("/metrics").text
+
+
+def test_the_secret_was_there_to_read(gateway: Gateway) -> None:
+    """The attack tests would prove nothing if the gateway itself had no secret."""
+    from pathlib import Path
+
+    assert SECRET in Path(f"/proc/{gateway.process.pid}/environ").read_text()

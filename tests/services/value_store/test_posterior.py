@@ -1,0 +1,148 @@
+"""The posterior against golden values computed by hand from the papers' formulas, and its laws for any input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.value_store import posterior
+from services.value_store.posterior import Retention
+
+COUNTS = st.floats(1e-9, 1e4)
+REWARDS = st.floats(0.0, 1.0)
+RHOS = st.floats(1e-6, 1.0)
+NONE = np.array([np.nan])
+
+
+def rho(retention: Retention, *, z: float = 0.0, z_last: float = math.nan, v: int = 0, v_last: int = -1) -> float:
+    return float(retention.rho([z], [z_last], [v], [v_last], NONE)[0])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "alpha", "beta"),
+    [
+        ([], 0.5, 0.5),
+        ([1, 1, 1, 0, 0, 0, 0, 0], 8 * 3.5 / 9, 8 * 5.5 / 9),  # recipe: N0 (s+½)/(n+1) with N0 = 1/(1−0.875) = 8
+        ([0, 0], 8 * 0.5 / 3, 8 * 2.5 / 3),
+        ([0.25, 0.75], 4.0, 4.0),
+    ],
+)
+def test_prior_is_the_recipes(rewards: list[float], alpha: float, beta: float) -> None:
+    got = posterior.prior(sum(rewards), len(rewards), rho_min=0.875)
+    assert got[0] == pytest.approx(alpha, abs=1e-12)
+    assert got[1] == pytest.approx(beta, abs=1e-12)
+
+
+def test_update_is_equation_5() -> None:
+    alpha, beta = posterior.update([2.0, 2.0], [3.0, 3.0], [0.9, 0.9], [1.0, 0.25])
+    assert alpha == pytest.approx([2.8, 2.05])
+    assert beta == pytest.approx([2.7, 3.45])
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (0.06, 0.875),  # 2^−1 is below the floor
+        (0.0, 0.96),  # 2^0 is above the ceiling
+        (0.006, 2**-0.1),  # 0.933: inside the useful band of 0.0035 to 0.0116
+        (math.nan, 0.96),  # first visit: D = 0
+    ],
+)
+def test_kl_retention_clips_where_the_recipe_does(kl: float, expected: float) -> None:
+    got = Retention("kl", d_half=0.06).rho([0.0], [0.0], [0], [0], [kl])
+    assert got[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_drift_retention() -> None:
+    drift = Retention("drift")
+    assert rho(drift, z=1.3, z_last=1.2) == pytest.approx(2**-0.1)
+    assert rho(drift, z=9.0, z_last=1.0) == 0.875
+    assert rho(drift, z=1.0, z_last=9.0) == 0.96  # evidence of an older policy does not fade the newer
+    assert rho(drift, z=5.0) == 0.96  # nothing to compare with
+
+
+def test_event_and_constant_retention() -> None:
+    event = Retention("event", rho_event=0.875)
+    assert rho(event, v=7, v_last=4) == pytest.approx(0.875**3)
+    assert rho(event, v=4, v_last=7) == 1.0
+    assert rho(event, v=4) == 1.0
+    assert rho(Retention("constant", rho_constant=0.9), z=5.0, z_last=1.0) == 0.9
+
+
+def test_reading_fades_by_drift_alone_and_keeps_the_floor() -> None:
+    drift = Retention("drift")
+    assert drift.fade(2.0, [2.0, 1.9, 0.0, math.nan], 5, [5, 4, 0, -1]) == pytest.approx([1.0, 2**-0.1, 0.875, 1.0])
+    assert Retention("event").fade(0.0, [0.0, 0.0], 5, [3, -1]) == pytest.approx([0.875**2, 1.0])
+    assert Retention("kl").fade(9.0, [0.0], 9, [0]) == pytest.approx([1.0])
+
+
+def test_interval_of_the_uniform_and_of_an_exact_beta() -> None:
+    low, high = posterior.interval([1.0, 2.0], [1.0, 1.0])
+    assert low == pytest.approx([0.025, math.sqrt(0.025)])  # Beta(2, 1) has the distribution function x²
+    assert high == pytest.approx([0.975, math.sqrt(0.975)])
+
+
+@given(COUNTS, COUNTS, RHOS, REWARDS)
+def test_counts_stay_positive_and_v_hat_moves_toward_the_reward(
+    alpha: float, beta: float, rho: float, reward: float
+) -> None:
+    before = float(posterior.v_hat(alpha, beta))
+    new_alpha, new_beta = posterior.update(alpha, beta, rho, reward)
+    after = float(posterior.v_hat(new_alpha, new_beta))
+    assert new_alpha > 0
+    assert new_beta > 0
+    assert 0.0 < after < 1.0
+    assert min(before, reward) - 1e-12 <= after <= max(before, reward) + 1e-12
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=4))
+def test_no_number_of_equal_rewards_leaves_the_open_interval(rewards: list[float]) -> None:
+    alpha, beta = np.array([0.5]), np.array([0.5])
+    for reward in rewards * 4000:
+        alpha, beta = posterior.update(alpha, beta, 0.875, reward)
+    assert alpha > 0
+    assert beta > 0
+    assert 0.0 < posterior.v_hat(alpha, beta)[0] < 1.0
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0.1, 1.0), st.lists(REWARDS, min_size=1, max_size=50))
+def test_ema_and_beta_forms_agree(alpha: float, beta: float, rho: float, rewards: list[float]) -> None:
+    v, n = np.float64(alpha / (alpha + beta)), np.float64(alpha + beta)
+    for reward in rewards:
+        alpha, beta = posterior.update(alpha, beta, rho, reward)  # type: ignore[assignment]
+        v, n = posterior.update_ema(v, n, rho, reward)  # type: ignore[assignment]
+    assert abs(v - posterior.v_hat(alpha, beta)) < 1e-12
+    assert n == pytest.approx(alpha + beta, rel=1e-9)
+
+
+@given(st.sampled_from(["kl", "drift"]), st.floats(0, 100), st.floats(0, 100), st.floats(0, 10))
+def test_rho_keeps_its_band(mode: str, z: float, z_last: float, kl: float) -> None:
+    got = Retention(mode).rho([z], [z_last], [3], [1], [kl])  # type: ignore[arg-type]
+    assert 0.875 <= got[0] <= 0.96
+
+
+@given(st.data(), st.sampled_from(["event", "drift"]))
+def test_event_and_drift_do_not_depend_on_receipt_order(data: st.DataObject, mode: str) -> None:
+    """With one lease per prompt outstanding, a prompt's own evidence is ordered; how the prompts' evidence interleaves is not."""
+    retention = Retention(mode)  # type: ignore[arg-type]
+    z_of = np.cumsum([0.0, *data.draw(st.lists(st.floats(0, 0.3), min_size=5, max_size=5))])
+    evidence = st.lists(st.tuples(st.integers(0, 5), REWARDS), max_size=5)
+    per_prompt = data.draw(st.lists(evidence, min_size=3, max_size=3))
+    interleaved = data.draw(st.permutations([p for p, items in enumerate(per_prompt) for _ in items]))
+
+    def replay(order: list[int]) -> list[tuple[float, float]]:
+        state = [(0.5, 0.5, math.nan, -1)] * 3
+        waiting = [list(items) for items in per_prompt]
+        for prompt in order:
+            alpha, beta, z_last, v_last = state[prompt]
+            version, reward = waiting[prompt].pop(0)
+            kept = rho(retention, z=z_of[version], z_last=z_last, v=version, v_last=v_last)
+            new = posterior.update(alpha, beta, kept, reward)
+            state[prompt] = (float(new[0]), float(new[1]), np.fmax(z_last, z_of[version]), max(v_last, version))
+        return [(alpha, beta) for alpha, beta, *_ in state]
+
+    assert replay(list(interleaved)) == replay(sorted(interleaved))
