@@ -112,7 +112,9 @@ class ValueStoreConfig(Listening):
     max_prompts_per_request: int = Field(default=10_000, ge=1)
     """Prompts in one upsert, ids or texts in one look-up; more get 422."""
     max_request_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
-    """Larger request bodies get 413; imports stream and are bounded per line instead."""
+    """Larger request bodies get 413; imports are streamed and have a bound of their own."""
+    max_import_bytes: int = Field(default=16 * 1024**3, ge=1024)
+    """Larger imports get 413: a million prompts of 16 KiB."""
     max_page: int = Field(default=1000, ge=1)
     """Prompts on one page of a list."""
     max_requests_per_s: float = Field(default=2000.0, gt=0.0)

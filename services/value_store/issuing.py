@@ -1,4 +1,7 @@
-"""What to lease next, and how much: the replicas' demand against what admission allows. Pure but for the random draw."""
+"""What to lease next, and how much.
+
+The replicas' demand against what admission allows. Pure but for the random draw.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def parse_replicas(raw: Mapping[bytes, bytes]) -> list[Replica]:
 
 
 def demand(slots: int, held: int, unread: int) -> int:
-    """Leases that the streams should still get, ≥ 0: the free slots and a quarter of all as backlog, less what lies there unread.
+    """Leases that the streams should still get, ≥ 0: free slots and a quarter of all as backlog, less what is unread.
 
     Args:
         slots: of the living replicas.

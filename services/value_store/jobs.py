@@ -1,4 +1,6 @@
-"""Estimation and evaluation jobs: which items are still to be leased, and what came of the others. No clock or client inside.
+"""Estimation and evaluation jobs: which items are still to be leased, and what came of the others.
+
+There is no clock and no client inside.
 
 A job asks for ``n`` rewards of each of its prompts. Item ``i`` is repetition ``i % n`` of prompt ``i // n``.
 """
@@ -130,7 +132,10 @@ class Job:
         return failures > MAX_RETRIES
 
     def record(self, item: int, result: ItemResult) -> None:
-        """Take an item's result: a reward, a failure to be leased again, or a failure for good. A settled item stays as it is."""
+        """Take an item's result.
+
+        A reward, a failure to be leased again, or a failure for good. A settled item stays as it is.
+        """
         if self._state[item] in (_DONE, _FAILED):
             return
         if result.reward is not None:
@@ -151,12 +156,15 @@ class Job:
             self._again.append(item)
 
     def offline_rewards(self, item: int) -> NDArray[np.float32] | None:
-        """All rewards of the item's prompt once its last item has ended, failed ones left out; None while one is open."""
+        """All rewards of the item's prompt once its last item has ended, failed ones left out.
+
+        None while one is open.
+        """
         start = item // self.n * self.n
         if not np.isin(self._state[start : start + self.n], (_DONE, _FAILED)).all():
             return None
         rewards = self.rewards[start : start + self.n]
-        return rewards[~np.isnan(rewards)]
+        return np.asarray(rewards[~np.isnan(rewards)])
 
     def outstanding(self) -> int:
         """Items leased at the moment."""

@@ -1,4 +1,7 @@
-"""The store's background loops: updates, results, policy versions, and issuing leases. Each runs until it is cancelled or fails."""
+"""The store's background loops.
+
+Updates, results, policy versions, and issuing leases. Each runs until it is cancelled or fails.
+"""
 
 from __future__ import annotations
 

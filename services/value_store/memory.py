@@ -1,4 +1,7 @@
-"""What the store remembers of Redis: read as a whole under a fresh epoch, kept in step by the one writer, forgotten after any doubt."""
+"""What the store remembers of Redis.
+
+Read as a whole under a fresh epoch, kept in step by the one writer, forgotten after any doubt.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 
 from services.value_store import views
 from services.value_store.memory import Memory
-from services.value_store.store import Store
+from services.value_store.store import NotReady, Store
 from singlestream.telemetry import METRIC_PREFIX
 
 _PREFIX = f"{METRIC_PREFIX}_value_store"
@@ -30,7 +30,7 @@ class _Collector:
         yield CounterMetricFamily(f"{_PREFIX}_rebuilds", "Times memory was read from Redis.", store.rebuilds)
         try:
             memory = store.memory
-        except Exception:  # noqa: BLE001, S112  before the first read there is nothing more to say
+        except NotReady:  # before the first read there is nothing more to say
             return
         yield from _leases(memory)
         yield from _posterior(store, memory)
@@ -77,7 +77,7 @@ def _posterior(store: Store, memory: Memory) -> Iterable[Metric]:
 
 
 def _n_eff(store: Store) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return views.faded_n_eff(store.memory, store.retention)  # type: ignore[return-value]
+    return views.faded_n_eff(store.memory, store.retention)
 
 
 def _histogram(
@@ -92,5 +92,5 @@ def _histogram(
 def render(store: Store) -> bytes:
     """All metrics in Prometheus' text format."""
     registry = CollectorRegistry()
-    registry.register(_Collector(store))  # type: ignore[arg-type]
+    registry.register(_Collector(store))
     return generate_latest(registry)

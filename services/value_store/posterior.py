@@ -1,9 +1,12 @@
 """The Beta posterior of a prompt's success rate, as pure functions of arrays.
 
-Legend: every array has one axis, P = prompts. ``alpha`` and ``beta`` are pseudo-counts (> 0), v̂ = α/(α+β) in (0, 1), n_eff = α+β in
-observations, ρ in (0, 1] is the share of old evidence that a new observation keeps, z is dimensionless drift (policy change over D_half).
+Legend: every array has one axis, P = prompts. ``alpha`` and ``beta`` are pseudo-counts (> 0), v̂ = α/(α+β) in (0, 1),
+    n_eff = α+β in
+observations, ρ in (0, 1] is the share of old evidence that a new observation keeps, z is dimensionless drift (policy
+change over D_half).
 
-Sources: Single-stream Policy Optimization, arXiv 2509.13232 (P), the reference recipe in verl-recipe ``spo/`` (R), SPO++, arXiv 2608.24870 (S+).
+Sources: Single-stream Policy Optimization, arXiv 2509.13232 (P), the reference recipe in verl-recipe ``spo/`` (R),
+    SPO++, arXiv 2608.24870 (S+).
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ class Retention:
     """How fast old evidence fades: ρ of one update.
 
     Args:
-        mode: ``constant``: a number. ``kl`` (R): clip(2^(−D/D_half)). ``event`` (S+): rho_event^(policy versions since the last evidence), not
+        mode: ``constant``: a number. ``kl`` (R): clip(2^(−D/D_half)). ``event`` (S+): rho_event^(policy versions
+            since the last evidence), not
             clipped. ``drift``: clip(2^(−max(0, z − z_last))).
         rho_constant: ρ of ``constant``.
         rho_min: floor of ``kl`` and ``drift`` (P: 0.875, a window of 8 observations).
-        rho_max: ceiling of ``kl`` and ``drift`` (P: 0.96, a window of 25); also ρ where there is no earlier evidence to compare with.
+        rho_max: ceiling of ``kl`` and ``drift`` (P: 0.96, a window of 25); also ρ where there is no earlier evidence
+            to compare with.
         rho_event: ρ of one policy version in ``event`` (S+: 0.875).
         d_half: mean |Δ log p| that halves old evidence (R: 0.06), for ``kl``.
     """
@@ -53,7 +58,8 @@ class Retention:
             z_last: [P] greatest z among the prompt's earlier evidence; NaN where there is none.
             version: [P] each trajectory's policy version.
             version_last: [P] greatest version among the prompt's earlier evidence; −1 where there is none.
-            kl: [P] mean |Δ log p| on the prompt's previous response; NaN where it was not measured, which counts as 0 (R: a first visit).
+            kl: [P] mean |Δ log p| on the prompt's previous response; NaN where it was not measured, which counts as 0
+                (R: a first visit).
         """
         if self.mode == "constant":
             return np.full(np.shape(z), self.rho_constant)
@@ -64,17 +70,18 @@ class Retention:
             if self.mode == "kl"
             else _drift_since(z, z_last)
         )
-        return np.clip(np.exp2(-halvings), self.rho_min, self.rho_max)
+        return np.asarray(np.clip(np.exp2(-halvings), self.rho_min, self.rho_max))
 
     def fade(self, z_now: float, z_last: ArrayLike, version_now: int, version_last: ArrayLike) -> Floats:
         """Share of each posterior's evidence that is still valid now, [P] in (0, 1]: what reading n_eff multiplies by.
 
-        The ceiling rho_max is the price of an observation, not of time, so without drift nothing fades; the floor holds as in an update.
+        The ceiling rho_max is the price of an observation, not of time, so without drift nothing fades; the floor
+        holds as in an update.
         """
         if self.mode == "event":
             return np.maximum(self._event(version_now, version_last), FLOOR)
         if self.mode == "drift":
-            return np.maximum(np.exp2(-_drift_since(z_now, z_last)), self.rho_min)
+            return np.asarray(np.maximum(np.exp2(-_drift_since(z_now, z_last)), self.rho_min))
         return np.ones(np.shape(z_last))
 
     def _event(self, version: ArrayLike, version_last: ArrayLike) -> Floats:
@@ -85,7 +92,7 @@ class Retention:
 
 def _drift_since(z: ArrayLike, z_last: ArrayLike) -> Floats:
     gap = np.asarray(z, np.float64) - np.asarray(z_last, np.float64)
-    return np.maximum(0.0, np.nan_to_num(gap, nan=0.0))
+    return np.asarray(np.maximum(0.0, np.nan_to_num(gap, nan=0.0)))
 
 
 def update(alpha: ArrayLike, beta: ArrayLike, rho: ArrayLike, reward: ArrayLike) -> tuple[Floats, Floats]:
@@ -114,7 +121,7 @@ def update_ema(v: ArrayLike, n_eff: ArrayLike, rho: ArrayLike, reward: ArrayLike
 def v_hat(alpha: ArrayLike, beta: ArrayLike) -> Floats:
     """Posterior mean α/(α+β), [P] strictly inside (0, 1)."""
     alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
-    return np.clip(alpha / (alpha + beta), FLOOR, 1.0 - FLOOR)
+    return np.asarray(np.clip(alpha / (alpha + beta), FLOOR, 1.0 - FLOOR))
 
 
 def interval(alpha: ArrayLike, beta: ArrayLike, mass: float = 0.95) -> tuple[Floats, Floats]:
@@ -125,7 +132,9 @@ def interval(alpha: ArrayLike, beta: ArrayLike, mass: float = 0.95) -> tuple[Flo
 
 
 def prior(reward_sum: ArrayLike, count: ArrayLike, rho_min: float) -> tuple[Floats, Floats]:
-    """Prior from offline rewards (R, Jeffreys): N0 = 1/(1−ρ_min), α0 = N0(s+½)/(n+1), β0 = N0(n−s+½)/(n+1); ½, ½ where n = 0.
+    """Prior from offline rewards (R, Jeffreys): N0 = 1/(1−ρ_min), α0 = N0(s+½)/(n+1), β0 = N0(n−s+½)/(n+1).
+
+    Without rewards it is ½, ½.
 
     Args:
         reward_sum: [P] s, the sum of the rewards, each in [0, 1].

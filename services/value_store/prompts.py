@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgpack
+import numpy as np
 
-from services.value_store.table import Split
+from services.value_store import posterior
+from services.value_store.table import SPLITS, Split, Table, new_record
+from singlestream.errors import SinglestreamError
 from singlestream.streams.ledger import prompt_id
+
+Prior = tuple[float, float]
+"""(α0, β0), each > 0."""
+
+
+class Refused(SinglestreamError):
+    """The request contradicts the run's state; the text says how. Nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +53,42 @@ class Prompt:
     def unpack(cls, data: bytes) -> Prompt:
         """Inverse of `pack`."""
         return cls(*msgpack.unpackb(data, raw=False))
+
+
+def prior_of(rewards: Sequence[float] | None, rho_min: float) -> Prior | None:
+    """Prior from offline rewards, each in [0, 1]; None where none are given."""
+    if rewards is None:
+        return None
+    alpha, beta = posterior.prior(sum(rewards), len(rewards), rho_min)
+    return float(alpha), float(beta)
+
+
+def plan_upsert(
+    table: Table, prompts: Sequence[Prompt], priors: Sequence[Prior | None], now_s: float
+) -> dict[str, bytes]:
+    """Records of the table after an upsert: a prompt with visits keeps its value, one without takes the prior that is given.
+
+    Args:
+        table: not changed, but for new sources' numbers.
+        prompts: a repeated one counts as the last says.
+        priors: one a prompt; None leaves the value of a known prompt, and is ½, ½ for a new one.
+        now_s: Unix time.
+
+    Raises:
+        Refused: there would be more sources than a table can number.
+    """
+    records: dict[str, bytes] = {}
+    try:
+        for prompt in prompts:
+            table.source_number(prompt.source)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    for prompt, prior in zip(prompts, priors, strict=True):
+        row = table.row(prompt.prompt_id)
+        if row is not None and (table.visits[row] > 0 or prior is None):
+            split = np.array([SPLITS.index(prompt.split)])
+            records[prompt.prompt_id] = table.records(np.array([row]), split=split)[0]
+        elif prior is not None or prompt.prompt_id not in records:
+            alpha, beta = prior or (0.5, 0.5)
+            records[prompt.prompt_id] = new_record(alpha, beta, prompt.split, prompt.source, now_s)
+    return records

@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgpack
 import numpy as np
@@ -32,7 +32,7 @@ reads = APIRouter(prefix="/v1", tags=["jobs"])
 writes = APIRouter(prefix="/v1", tags=["jobs"])
 
 JobPath = Annotated[str, Path(pattern=r"^[0-9a-f]{12}$", description="Job id.", examples=["0123456789ab"])]
-NOT_FOUND = {404: {"description": "No such job.", "model": Problem}}
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "No such job.", "model": Problem}}
 
 
 def show(job: Job) -> JobOut:
@@ -66,7 +66,10 @@ def _find(store: Store, job_id: str) -> Job:
     responses={409: {"description": "A prompt is not known.", "model": Problem}},
 )
 async def create_job(store: StoreDep, body: JobIn) -> JobOut:
-    """An estimation sets each prompt's prior once all its rewards are there, if it has no visits yet. Jobs survive a restart."""
+    """An estimation sets each prompt's prior once all its rewards are there, if it has no visits yet.
+
+    Jobs survive a restart.
+    """
     if (body.split is None) == (body.prompt_ids is None):
         raise HTTPException(422, "give either split or prompt_ids")
     if body.prompt_ids is not None:
@@ -116,8 +119,10 @@ async def get_job(store: StoreDep, job_id: JobPath) -> JobOut:
     },
 )
 async def get_results(store: StoreDep, job_id: JobPath) -> StreamingResponse:
-    """One JSON object a line, by prompt and repetition: prompt_id, repetition, lease_id, reward (null: failed), version, turns, tool_calls,
-    action_tokens, response_tokens, end_reason, failures. Items without a result yet are left out.
+    """One JSON object a line, by prompt and repetition; items without a result yet are left out.
+
+    Fields: prompt_id, repetition, lease_id, reward (null: failed), version, turns, tool_calls, action_tokens,
+    response_tokens, end_reason, failures.
     """
     return StreamingResponse(_lines(store, _find(store, job_id)), media_type="application/x-ndjson")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgpack
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from services.value_store import views
 from services.value_store.evidence import HISTORY_FIELDS
-from services.value_store.prompts import Prompt
+from services.value_store.prompts import Prompt, prior_of
 from services.value_store.schemas import (
     PROMPT_ID,
     History,
@@ -45,7 +45,7 @@ def get_store(request: Request) -> Store:
 
 StoreDep = Annotated[Store, Depends(get_store)]
 IdPath = Annotated[str, Path(pattern=PROMPT_ID, description="Prompt id.", examples=["3f2a9c01d4e5b677"])]
-NOT_FOUND = {404: {"description": "No such prompt.", "model": Problem}}
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "No such prompt.", "model": Problem}}
 
 
 def bound(count: int, limit: int, what: str) -> None:
@@ -56,13 +56,15 @@ def bound(count: int, limit: int, what: str) -> None:
 
 @writes.post("/prompts", summary="Insert or update prompts in bulk")
 async def upsert(store: StoreDep, prompts: list[PromptIn]) -> Upserted:
-    """Source and question make a prompt's id; answer, environment and split of a known prompt are replaced, its value stays.
+    """Source and question make a prompt's id.
 
-    May be repeated safely, also after a 503.
+    Answer, environment and split of a known prompt are replaced, its value stays. May be repeated safely, also after
+    a 503.
     """
     bound(len(prompts), store.config.value_store.max_prompts_per_request, "prompts")
+    rho_min = store.config.value_store.rho_min
     packed = [Prompt(p.question, p.answer, p.source, p.environment, p.split) for p in prompts]
-    return Upserted(ids=await store.upsert(packed, [p.prior_rewards for p in prompts]))
+    return Upserted(ids=await store.upsert(packed, [prior_of(p.prior_rewards, rho_min) for p in prompts]))
 
 
 @reads.get("/prompts", summary="List prompts")

@@ -78,7 +78,7 @@ async def get_training(store: StoreDep) -> Training:
     responses={409: {"description": "Training is stopped or finished.", "model": Problem}},
 )
 async def set_training(store: StoreDep, body: TrainingIn) -> Training:
-    """stopped is final: leases that no replica has taken are cancelled, and the learner trains what the others yield."""
+    """Stopping is final: leases that no replica has taken are cancelled; the learner trains what the others yield."""
     await store.set_training(body.state)
     return await get_training(store)
 

@@ -1,4 +1,7 @@
-"""Which prompts come next: weights, and a draw without replacement. Pure functions of arrays with one axis P = prompts."""
+"""Which prompts come next.
+
+Weights, and a draw without replacement. Pure functions of arrays with one axis P = prompts.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ def weights(
         alpha: [P] pseudo-counts of success.
         beta: [P] pseudo-counts of failure.
         fade: [P] or a scalar: share of the evidence that is still valid (`Retention.fade`).
-        mode: ``uncertainty``: (√(v̂(1−v̂)) / n_eff^γ) + ε. ``thompson``: the same with a draw from Beta(α, β) in place of v̂. ``uniform``: 1.
+        mode: ``uncertainty``: (√(v̂(1−v̂)) / n_eff^γ) + ε. ``thompson``: the same with a draw from Beta(α, β) in
+            place of v̂. ``uniform``: 1.
         epsilon: ε > 0: exploration, so that no prompt is lost for good.
         gamma: γ in [0, 1].
         rng: used by ``thompson`` alone.

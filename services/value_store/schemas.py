@@ -41,6 +41,23 @@ class PromptIn(Body):
     )
 
 
+class ImportedPrompt(PromptIn):
+    """A line or row of an import; other columns are passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    alpha: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
+    beta: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
+
+
+class Imported(BaseModel):
+    """What an import did."""
+
+    prompts: int = Field(description="Prompts inserted or updated.")
+    priors: int = Field(description="Of these, prompts that came with a prior; those with visits kept their value.")
+    unknown: int = Field(description="offline_values: texts of no known prompt.")
+
+
 class Upserted(BaseModel):
     """Ids in the order of the request."""
 
@@ -126,7 +143,7 @@ class Training(BaseModel):
     """What training does."""
 
     state: Literal["running", "paused", "stopping", "stopped", "finished"] = Field(
-        description="stopping: the end marker is not in the stream yet; stopped: it is; finished: every step was trained."
+        description="stopping: the end marker is not in the stream yet; stopped: it is; finished: all steps trained."
     )
     waiting_for: str | None = Field(description="Why no training lease is issued now; null where they are issued.")
     trained: int

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Iterator
 
 import uvicorn
@@ -14,6 +15,7 @@ from services.value_store import loops
 from services.value_store.app import make_app
 from services.value_store.store import Store
 from singlestream.config import Config
+from singlestream.errors import ConfigError
 from singlestream.streams.connection import connect
 
 log = logging.getLogger(__name__)
@@ -40,17 +42,25 @@ def serve(config: Config) -> None:
     asyncio.run(run(config))
 
 
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"value_store.host and value_store.port: {host}:{port}: {error.strerror}") from error
+
+
 async def run(config: Config) -> None:
     """`serve`, inside a running event loop."""
     settings = config.value_store
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # Bound before the fence is taken: a second start on a port in use must not depose the store that listens there.
+    listening = _bind(settings.host, settings.port)
     redis = connect(config.run.redis_url)
     store = Store(config, redis)
     server = _Server(
         uvicorn.Config(
             make_app(store, settings),
-            host=settings.host,
-            port=settings.port,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_S,
@@ -66,7 +76,7 @@ async def run(config: Config) -> None:
             ("issue_leases", loops.issue_leases(store)),
         )
     ]
-    http = asyncio.create_task(server.serve(), name="http")
+    http = asyncio.create_task(server.serve(sockets=[listening]), name="http")
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
     log.info("listening on http://%s:%d", settings.host, settings.port)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
 
 from services.value_store import evidence, issuing, posterior, sampler
 from services.value_store.drift_clock import UnknownVersions
@@ -17,8 +18,7 @@ from services.value_store.evidence import Batch, Entry
 from services.value_store.jobs import Job
 from services.value_store.memory import Memory, OpenLease, load_memory
 from services.value_store.posterior import Retention
-from services.value_store.prompts import Prompt
-from services.value_store.table import SPLITS, new_record
+from services.value_store.prompts import Prior, Prompt, Refused, plan_upsert
 from singlestream.config import Config
 from singlestream.contracts import Lease, Purpose, Sampling, Tombstone, decode_as, lease_id
 from singlestream.contracts.policy_version import PolicyVersion
@@ -35,10 +35,6 @@ PROMPTS_PER_SCRIPT = 1000
 
 class NotReady(SinglestreamError):
     """The store cannot answer now; the text says what it waits for. Ask again."""
-
-
-class Refused(SinglestreamError):
-    """The request contradicts the run's state; the text says how. Nothing was changed."""
 
 
 class Store:
@@ -111,7 +107,7 @@ class Store:
             while self._doubt.is_set():
                 try:
                     await self._read_anew()
-                except (*LOST, UnknownOutcome) as error:
+                except (*LOST, UnknownOutcome, OutOfMemoryError) as error:
                     waited_s = time.monotonic() - started
                     if waited_s > self.config.value_store.redis_deadline_s:
                         raise DeadlineExceeded(f"Redis, to read the value store's state ({error})", waited_s) from error
@@ -174,7 +170,10 @@ class Store:
             entries = entries[batch.entries :]
 
     async def take_updates(self, epoch: str, entries: Sequence[Entry]) -> None:
-        """Apply a stretch of ``posterior_updates``, read under that epoch from the cursor on. Raises `NotReady` or `Fenced`."""
+        """Apply a stretch of ``posterior_updates``, read under that epoch from the cursor on.
+
+        Raises `NotReady` or `Fenced`.
+        """
         run = self.config.run
         stream, total = self.keys.posterior_updates, run.total_steps * run.train_batch_size
 
@@ -200,7 +199,10 @@ class Store:
             raise NotReady("memory was read anew since these entries were read")
 
     def note_version(self, epoch: str, entry: str, data: bytes) -> None:
-        """Note a published policy version; entries read under an older epoch are passed over, one that cannot be read is logged."""
+        """Note a published policy version.
+
+        Entries read under an older epoch are passed over, one that cannot be read is logged.
+        """
         memory = self.memory
         if memory.epoch != epoch:
             return
@@ -226,45 +228,26 @@ class Store:
             return []
         return [Prompt.unpack(data) if data else None for data in await self.redis.hmget(self.keys.prompts, list(ids))]
 
-    async def upsert(self, prompts: Sequence[Prompt], priors: Sequence[Sequence[float] | None]) -> list[str]:
+    async def upsert(self, prompts: Sequence[Prompt], priors: Sequence[Prior | None]) -> list[str]:
         """Insert prompts, or replace their answer, environment and split; returns their ids.
 
-        A prior is set from offline rewards, each in [0, 1], where the prompt has no visits yet. A request that ends in `NotReady` may be
-        repeated.
+        A prior is taken where the prompt has no visits yet. A request that ends in `NotReady` may be repeated.
         """
         ids = [prompt.prompt_id for prompt in prompts]
         for start in range(0, len(ids), PROMPTS_PER_SCRIPT):
             part = slice(start, start + PROMPTS_PER_SCRIPT)
             async with self._writing() as memory:
-                texts, values = self._upserted(memory, prompts[part], priors[part])
+                values = plan_upsert(memory.table, prompts[part], priors[part], time.time())
+                texts = {prompt.prompt_id: prompt.pack() for prompt in prompts[part]}
                 await self._commit(Change(prompts=texts, values=values))
                 memory.table.put(list(values), list(values.values()))
         return ids
 
-    def _upserted(
-        self, memory: Memory, prompts: Sequence[Prompt], priors: Sequence[Sequence[float] | None]
-    ) -> tuple[dict[str, bytes], dict[str, bytes]]:
-        table, now_s, rho_min = memory.table, time.time(), self.config.value_store.rho_min
-        texts, values = {}, {}
-        try:
-            for prompt in prompts:
-                table.source_number(prompt.source)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-        for prompt, rewards in zip(prompts, priors, strict=True):
-            texts[prompt.prompt_id] = prompt.pack()
-            row = table.row(prompt.prompt_id)
-            if row is not None and (table.visits[row] > 0 or rewards is None):
-                split = np.array([SPLITS.index(prompt.split)])
-                values[prompt.prompt_id] = table.records(np.array([row]), split=split)[0]
-            elif prompt.prompt_id not in values or rewards is not None:
-                alpha, beta = posterior.prior(sum(rewards or ()), len(rewards or ()), rho_min)
-                record = new_record(float(alpha), float(beta), prompt.split, prompt.source, now_s)
-                values[prompt.prompt_id] = record
-        return texts, values
-
     async def create_job(self, job: Job) -> None:
-        """Enter a job; its items are leased as the replicas' demand allows. Raises `Refused` for prompts that are not known."""
+        """Enter a job; its items are leased as the replicas' demand allows.
+
+        Raises `Refused` for prompts that are not known.
+        """
         async with self._writing() as memory:
             unknown = [prompt_id for prompt_id in job.prompt_ids if prompt_id not in memory.table]
             if unknown:
@@ -273,7 +256,7 @@ class Store:
             memory.jobs[job.job_id] = job
 
     async def set_training(self, state: str) -> str:
-        """Move training to running, paused or stopped; returns the state it is in then (stopping until the end marker stands).
+        """Move training to running, paused or stopped; returns its state then: stopping until the end marker stands.
 
         Raises:
             Refused: training has been stopped or has finished, and the learner has been told so.
@@ -291,7 +274,10 @@ class Store:
         return target
 
     async def wind_down(self) -> None:
-        """One round of an early stop: cancel what no replica has taken; end the stream once every lease has ended in it."""
+        """One round of an early stop.
+
+        Cancel what no replica has taken; end the stream once every lease has ended in it.
+        """
         async with self._writing() as memory:
             if memory.state != "stopping":
                 return
@@ -316,6 +302,8 @@ class Store:
     def training_blocked_by(self) -> str | None:
         """Why no training lease is issued now; None where one may be."""
         memory, run = self.memory, self.config.run
+        if memory.state in ("stopping", "stopped", "finished"):
+            return f"nothing: training is {memory.state}"
         if memory.state != "running":
             return f"training to be set running (it is {memory.state})"
         if memory.newest is None:
@@ -350,11 +338,11 @@ class Store:
             part = [
                 (job.prompt_of(item), job.job_id, item, job.sampling) for job, item in items if job.purpose == purpose
             ]
-            issued += await self._issue_leases(memory, purpose, part)  # type: ignore[arg-type]
+            issued += await self._issue_leases(memory, purpose, part)
         return issued
 
     async def _issue_leases(
-        self, memory: Memory, purpose: Purpose, drawn: list[tuple[str, str | None, int, Sampling]]
+        self, memory: Memory, purpose: Purpose, drawn: Sequence[tuple[str, str | None, int, Sampling]]
     ) -> int:
         if not drawn:
             return 0

@@ -1,6 +1,7 @@
 """The table of posteriors in memory: one row a prompt, columns as numpy arrays, texts left in Redis.
 
-About 60 bytes of columns and 200 of index a prompt. Redis holds the truth: a record of 41 bytes and the source's name for each prompt.
+About 60 bytes of columns and 200 of index a prompt. Redis holds the truth: a record of 41 bytes and the source's name
+for each prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ RECORD = np.dtype(
         ("split", "u1"),
     ]
 )
-"""A prompt's record in Redis, followed by its source in UTF-8. ``z_last`` is NaN and ``version`` −1 before the first evidence."""
+"""A prompt's record in Redis, followed by its source in UTF-8.
+
+``z_last`` is NaN and ``version`` −1 before the first evidence.
+"""
 
 _COLUMNS = (*((name, RECORD[name]) for name in RECORD.names or ()), ("source", np.dtype("u2")), ("in_flight", np.bool_))
 
@@ -93,7 +97,10 @@ class Table:
         return self._source_number[source]
 
     def put(self, ids: Sequence[str], records: Sequence[bytes]) -> None:
-        """Insert or overwrite rows from Redis' records. A repeated id takes its last record; ``in_flight`` of known rows stays."""
+        """Insert or overwrite rows from Redis' records.
+
+        A repeated id takes its last record; ``in_flight`` of known rows stays.
+        """
         latest = dict(zip(ids, records, strict=True))
         new = [prompt_id for prompt_id in latest if prompt_id not in self._row]
         start = len(self._row)

@@ -122,7 +122,10 @@ def order_keys(
 def page(
     keys: NDArray[np.float64], ids: NDArray[np.uint64], limit: int, after: tuple[float, int] | None
 ) -> NDArray[np.int64]:
-    """Places of the ``limit`` smallest (key, id) pairs beyond ``after``, in order. Costs a few passes, not a sort of everything."""
+    """Places of the ``limit`` smallest (key, id) pairs beyond ``after``, in order.
+
+    Costs a few passes, not a sort of everything.
+    """
     places = np.arange(len(keys))
     if after is not None:
         key, number = after
@@ -134,7 +137,7 @@ def page(
         if len(ties) > room:
             ties = ties[np.argpartition(ids[ties], room - 1)[:room]]
         places = np.concatenate([below, ties])
-    return places[np.lexsort((ids[places], keys[places]))]
+    return np.asarray(places[np.lexsort((ids[places], keys[places]))])
 
 
 def pack_cursor(key: float, number: int) -> str:

@@ -388,7 +388,10 @@ class ValueStore:
         return [one for request in _upserts(prompts) for one in self._send(request, _Ids).ids]
 
     def list(self, **filters: Any) -> Page:
-        """One page; filters as GET /v1/prompts names them: source, split, q, v_hat_min, …, order, descending, limit, cursor."""
+        """One page; filters as GET /v1/prompts names them.
+
+        Source, split, q, v_hat_min, …, order, descending, limit, cursor.
+        """
         return self._send(_list(filters), Page)
 
     def iterate(self, **filters: Any) -> Iterator[PromptValue]:
@@ -406,7 +409,9 @@ class ValueStore:
 
     def history(self, prompt_id: str, limit: int = 256) -> Sequence[HistoryEntry]:
         """Updates of one prompt, newest first."""
-        return self._send(_Request("GET", f"/v1/prompts/{prompt_id}/history", params={"limit": limit}), _History).entries
+        return self._send(
+            _Request("GET", f"/v1/prompts/{prompt_id}/history", params={"limit": limit}), _History
+        ).entries
 
     def values(
         self, ids: Sequence[str] | None = None, texts: Sequence[str] | None = None, source: str | None = None
@@ -447,7 +452,10 @@ class ValueStore:
         limit: int | None = None,
         sampling: Sampling | None = None,
     ) -> Job:
-        """Collect ``n`` rewards for each prompt of a split, or of a list. Not to be repeated blindly: each call makes a job."""
+        """Collect ``n`` rewards for each prompt of a split, or of a list.
+
+        Not to be repeated blindly: each call makes a job.
+        """
         return self._send(_job(purpose, split, prompt_ids, n, limit, sampling), Job)
 
     def jobs(self) -> Sequence[Job]:

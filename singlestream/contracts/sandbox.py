@@ -81,8 +81,27 @@ class Usage(_Message):
     """Seconds that the request waited for a slot."""
 
 
+_RESULT_EXAMPLE = {
+    "status": "error",
+    "exit_code": 1,
+    "signal": None,
+    "stdout": "before\n",
+    "stderr": 'Traceback (most recent call last):\n  File "main.py", line 2, in <module>\n'
+    "ZeroDivisionError: division by zero\n",
+    "stdout_truncated": False,
+    "stderr_truncated": False,
+    "stdout_bytes": 7,
+    "stderr_bytes": 109,
+    "error": {"type": "ZeroDivisionError", "message": "division by zero", "line": 2},
+    "usage": {"wall_s": 0.004, "cpu_s": 0.003, "max_rss_mb": 18.1, "queue_s": 0.0},
+    "policy_version": "0123456789ab",
+}
+
+
 class ExecuteResult(_Message):
     """Outcome of a snippet. A fault of the sandbox is never one of these: it is an error response."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_RESULT_EXAMPLE]})
 
     status: RunStatus
     """How it ended."""

@@ -54,7 +54,8 @@ return 1
 """
 
 COMMIT = """
--- KEYS: fence, cursors, ledger, dead_letters   ARGV: token, msgpack of the change   returns 1, or what differs from the store's memory
+-- KEYS: fence, cursors, ledger, dead_letters   ARGV: token, msgpack of the change   returns 1, or what differs from
+-- the store's memory
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
 local change = cmsgpack.unpack(ARGV[2])
 local function chunks(list, call)  -- Lua's stack bounds the arguments of one command
@@ -95,7 +96,8 @@ return 1
 """
 
 CANCEL = """
--- KEYS: fence, leases, live, outstanding, target, ledger   ARGV: token, group, ledger field, (lease, entry, tombstone)...
+-- KEYS: fence, leases, live, outstanding, target, ledger   ARGV: token, group, ledger field, (lease, entry,
+-- tombstone)...
 -- returns the leases cancelled: those whose entry no replica has been given
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
 local read = '0-0'

@@ -9,7 +9,6 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from services.value_store.store import Store
 from singlestream.clients.value_store import AsyncValueStore, NewPrompt, ValueStore
 from singlestream.errors import ServiceError
 from singlestream.streams import Keys
@@ -127,4 +126,3 @@ def test_both_clients_have_the_same_methods() -> None:
         }
 
     assert methods(ValueStore) == methods(AsyncValueStore)
-    assert Store is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,8 @@ from tests.services.learner.recorded import trajectory
 STEPS = 2
 
 
-def main(model: Path, out: Path, settings: dict[str, object]) -> None:
-    torch.set_num_threads(1)
-    ranks = Ranks(60)
+def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, Any]:
+    """Facts of each step, and the weights after the last."""
     policy = Policy(model, LearnerConfig(**settings), 1.0, ranks)  # type: ignore[arg-type]
     rng = np.random.default_rng(5)
     facts = []
@@ -33,21 +33,22 @@ def main(model: Path, out: Path, settings: dict[str, object]) -> None:
         raw = advantages(np.array([s.reward for s in batch]), np.array([s.v_hat for s in batch]))
         scaled = normalise(raw, np.array([s.trained_tokens for s in batch]), "token")
         probe = make_probe(policy, batch[:4], batch, 1000)
-        scores = policy.logprobs(policy.micro_batches(batch)) if ranks.world == 1 else []
         result = policy.update(batch, scaled, step)
-        facts.append(
-            {
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "drift": probe.drift(),
-                "micro_batches": len(policy.micro_batches(batch)),
-                "logprob_sum": float(sum(part.double().sum() for part in scores)),
-                **{k: v for k, v in result.means.items() if k != "entropy"},
-            }
-        )
-    tensors = dict(full_tensors(policy.model, torch.float32))
+        means = {name: value for name, value in result.means.items() if name != "entropy"}  # entropy is of a sample
+        facts.append({"loss": result.loss, "grad_norm": result.grad_norm, "drift": probe.drift(), **means})
+    return {
+        "facts": facts,
+        "tensors": dict(full_tensors(policy.model, torch.float32)),
+        "micro_batches": len(policy.micro_batches(batch)),
+    }
+
+
+def main(model: Path, out: Path, runs: dict[str, dict[str, object]]) -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks(60)
+    results = {name: steps(model, settings, ranks) for name, settings in runs.items()}
     if ranks.first:
-        torch.save({"facts": facts, "tensors": tensors}, out)
+        torch.save(results, out)
     ranks.close()
 
 

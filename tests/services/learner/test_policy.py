@@ -15,60 +15,67 @@ from transformers import AutoModelForCausalLM
 
 from tests.services.learner.recorded import ROOT
 
-BASE = {"lr": 1e-3, "compute_dtype": "float32", "attention": "padded", "micro_batch_tokens": 4096}
+BASE = {"lr": 3e-4, "compute_dtype": "float32", "attention": "padded", "micro_batch_tokens": 4096}
+ONE_RANK: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"attention": "packed"},
+    "packed-4": {"attention": "packed", "micro_batch_tokens": 110},
+    "padded-4": {"micro_batch_tokens": 130},
+    "checkpointing": {"gradient_checkpointing": True, "logprob_chunk_tokens": 7},
+}
+TWO_RANKS = {name: ONE_RANK[name] for name in ("padded", "packed-4")}
+MICRO_BATCHES = {"packed-4": 4, "padded-4": 4}
+
+Results = dict[str, dict[str, Any]]
 
 
-def run_steps(model: Path, out: Path, ranks: int, **settings: Any) -> dict[str, Any]:
+def run_steps(model: Path, out: Path, ranks: int, runs: dict[str, dict[str, Any]]) -> Results:
     command = [sys.executable, "-m"]
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    command += ["tests.services.learner.steps_worker", str(model), str(out), json.dumps({**BASE, **settings})]
+    settings = {name: {**BASE, **changes} for name, changes in runs.items()}
+    command += ["tests.services.learner.steps_worker", str(model), str(out), json.dumps(settings)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     reply = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert reply.returncode == 0, reply.stderr
-    result: dict[str, Any] = torch.load(out)
-    return result
+    results: Results = torch.load(out)
+    return results
 
 
 @pytest.fixture(scope="module")
-def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One rank, one padded micro-batch."""
-    return run_steps(tiny, tmp_path_factory.mktemp("plain") / "out.pt", 1)
+def one_rank(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_steps(tiny, tmp_path_factory.mktemp("steps") / "one.pt", 1, ONE_RANK)
 
 
-def same(one: dict[str, Any], other: dict[str, Any], skip: tuple[str, ...] = ("micro_batches",)) -> None:
+@pytest.fixture(scope="module")
+def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_steps(tiny, tmp_path_factory.mktemp("steps") / "two.pt", 2, TWO_RANKS)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """A step moves a weight by about 3e-4; the tolerance is a thirtieth of that."""
     for mine, theirs in zip(one["facts"], other["facts"], strict=True):
-        for name in mine.keys() - set(skip):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert one["tensors"].keys() == other["tensors"].keys()
     for name, tensor in one["tensors"].items():
         torch.testing.assert_close(tensor, other["tensors"][name], rtol=0, atol=1e-5)
 
 
-def test_steps_change_the_weights(plain: dict[str, Any], tiny: Path) -> None:
+def test_steps_change_the_weights(one_rank: Results, tiny: Path) -> None:
     before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
-    assert plain["tensors"].keys() == before.keys() - {"lm_head.weight"}, "a tied head is published once"
-    assert all((plain["tensors"][name] - before[name]).abs().max() > 1e-4 for name in plain["tensors"])
-    assert plain["facts"][0]["micro_batches"] == 1
-    assert 0 < plain["facts"][0]["drift"] < 1
-    assert plain["facts"][0]["staleness_max"] == 4
+    after = one_rank["padded"]["tensors"]
+    assert after.keys() == before.keys() - {"lm_head.weight"}, "a tied head is published once"
+    assert all((after[name] - before[name]).abs().max() > 5e-4 for name in after)
+    assert 0 < one_rank["padded"]["facts"][0]["drift"] < 1
+    assert one_rank["padded"]["facts"][0]["staleness_max"] == 4
 
 
-@pytest.mark.parametrize(
-    ("ranks", "settings", "micro_batches"),
-    [
-        (1, {"attention": "packed"}, 1),
-        (1, {"attention": "packed", "micro_batch_tokens": 110}, 4),
-        (1, {"micro_batch_tokens": 130}, 4),
-        (1, {"gradient_checkpointing": True, "logprob_chunk_tokens": 7}, 1),
-        (2, {}, 1),
-        (2, {"attention": "packed", "micro_batch_tokens": 60}, 4),
-    ],
-    ids=["packed", "packed-4", "padded-4", "checkpointing", "2-ranks", "2-ranks-packed-4"],
-)
-def test_the_layout_does_not_matter(
-    plain: dict[str, Any], tiny: Path, tmp_path: Path, ranks: int, settings: dict[str, Any], micro_batches: int
-) -> None:
-    result = run_steps(tiny, tmp_path / "out.pt", ranks, **settings)
-    assert result["facts"][0]["micro_batches"] == pytest.approx(micro_batches, abs=1)
-    same(plain, result, skip=("micro_batches",) if ranks == 1 else ("micro_batches", "logprob_sum"))
+@pytest.mark.parametrize("name", list(ONE_RANK)[1:])
+def test_the_layout_does_not_matter(one_rank: Results, name: str) -> None:
+    assert one_rank[name]["micro_batches"] == pytest.approx(MICRO_BATCHES.get(name, 1), abs=1)
+    same(one_rank["padded"], one_rank[name])
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_the_number_of_ranks_does_not_matter(one_rank: Results, two_ranks: Results, name: str) -> None:
+    same(one_rank["padded"], two_ranks[name])

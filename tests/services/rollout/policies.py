@@ -22,19 +22,21 @@ TEMPLATE = (
 )
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(*, ends: bool = True) -> PreTrainedTokenizerFast:
+    """One token a character, and the tags; ``ends=False`` has no end of sequence, so that every generation is as long as it may."""
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *TAGS, "\n", *map(chr, range(32, 127))))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    eos = "<|im_end|>" if ends else None
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
     return fast
 
 
-def random_policy(seed: int, *, tied: bool = True, scale: float = 3.0) -> Qwen3ForCausalLM:
+def random_policy(seed: int, *, tied: bool = True, scale: float = 3.0, eos: int | None = 2) -> Qwen3ForCausalLM:
     """A two-layer Qwen3 with enlarged random weights, so that two seeds disagree about almost every token."""
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -48,7 +50,7 @@ def random_policy(seed: int, *, tied: bool = True, scale: float = 3.0) -> Qwen3F
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
         bos_token_id=None,
-        eos_token_id=2,
+        eos_token_id=eos,
         pad_token_id=0,
     )
     model = Qwen3ForCausalLM(config).eval()
@@ -60,9 +62,9 @@ def random_policy(seed: int, *, tied: bool = True, scale: float = 3.0) -> Qwen3F
     return model
 
 
-def save_policy(model: Qwen3ForCausalLM, folder: Path) -> Path:
+def save_policy(model: Qwen3ForCausalLM, folder: Path, *, ends: bool = True) -> Path:
     model.save_pretrained(folder)
-    character_tokenizer().save_pretrained(folder)
+    character_tokenizer(ends=ends).save_pretrained(folder)
     return folder
 
 
@@ -102,8 +104,18 @@ async def publish(redis: Redis, keys: Keys, manifest: WeightManifest, version: i
     )
 
 
-def reference_logprobs(model: Qwen3ForCausalLM, token_ids: list[int], prompt_tokens: int) -> torch.Tensor:
-    """[T] log-probabilities of the tokens after the prompt, every token under this one policy."""
+def reference_logprobs(
+    before: Qwen3ForCausalLM, after: Qwen3ForCausalLM, token_ids: list[int], prompt_tokens: int, switch: int
+) -> torch.Tensor:
+    """[T] log-probabilities of the tokens after the prompt: the first ``switch`` by one policy, the rest by the other.
+
+    The second reads the keys and values that the first left behind, as an engine does that keeps its cache.
+    """
+    ids = torch.tensor([token_ids])
+    kept = prompt_tokens + max(0, switch - 1)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([token_ids])).logits[0, prompt_tokens - 1 : -1].float()
-    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(token_ids[prompt_tokens:])[:, None])[:, 0]
+        first = before(input_ids=ids[:, :kept], use_cache=True)
+        second = after(input_ids=ids[:, kept:-1], past_key_values=first.past_key_values, use_cache=True)
+    logits = torch.cat([first.logits, second.logits], 1)[0, prompt_tokens - 1 :].float()
+    targets = torch.tensor(token_ids[prompt_tokens:])
+    return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]

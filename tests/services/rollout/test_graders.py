@@ -97,10 +97,6 @@ def test_last_boxed(text: str, content: str | None) -> None:
     assert last_boxed(text) == content
 
 
-def always_half(_: Response) -> float:
-    return 0.5
-
-
 def test_a_grader_by_dotted_path() -> None:
     assert load_grader("operator:truth")(response("x")) is True
 

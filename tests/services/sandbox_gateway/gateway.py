@@ -43,7 +43,13 @@ class Gateway:
         command = [sys.executable, "-m", "services.sandbox_gateway"]
         root = Path(__file__).parents[3]
         self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=self.log, stderr=self.log)
-        self._wait_ready(warm)
+        try:
+            self._wait_ready(warm)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            self.log.close()
+            raise
         self.http = httpx.Client(base_url=self.url, timeout=90)
 
     def _wait_ready(self, warm: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import threading
@@ -130,7 +129,10 @@ def test_openapi_documents_requests_results_and_problems(gateway: Gateway) -> No
     assert operation["requestBody"]["content"]["application/json"]["examples"]
     for path in ("/v1/execute", "/healthz", "/readyz", "/metrics"):
         assert next(iter(document["paths"][path].values()))["summary"]
-    ExecuteResult.model_validate(operation["responses"]["200"]["content"]["application/json"]["example"])
+    result = document["components"]["schemas"]["ExecuteResult"]
+    assert all(field.get("description") for field in result["properties"].values())
+    # OpenAPI generators drop nulls from examples; a field of an outcome is never absent.
+    ExecuteResult.model_validate({"exit_code": None, "signal": None, "error": None, **result["examples"][0]})
 
 
 def test_health_and_metrics(gateway: Gateway) -> None:
@@ -221,18 +223,15 @@ def test_a_zygote_is_replaced_after_its_runs() -> None:
 
 
 def test_a_missing_module_is_named_and_ends_the_gateway() -> None:
-    gateway = Gateway(warm=False, preload='["numpy", "no_such_module"]')
-    assert gateway.process.wait(60) == os.EX_CONFIG
-    assert "no_such_module" in gateway.logged()
-    assert "preload" in gateway.logged()
-    gateway.stop()
+    with pytest.raises(AssertionError, match=r"(?s)ended with 78.*no_such_module.*sandbox_gateway\.preload"):
+        Gateway(preload='["numpy", "no_such_module"]')
 
 
 def test_too_many_slots_for_the_memory_are_refused() -> None:
-    with pytest.raises(AssertionError, match=r"ended with 78.*set sandbox_gateway\.slots to at most"):
+    with pytest.raises(AssertionError, match=r"(?s)ended with 78.*set sandbox_gateway\.slots to at most"):
         Gateway(slots=100_000)
 
 
 def test_a_wrong_setting_is_named() -> None:
-    with pytest.raises(AssertionError, match="ended with 78.*sandbox_gateway.slots"):
+    with pytest.raises(AssertionError, match=r"(?s)ended with 78.*sandbox_gateway\.slots"):
         Gateway(slots="many")

@@ -32,7 +32,10 @@ class StoreProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.config = folder / f"{self.port}.toml"
         self.log = folder / f"{self.port}.log"
-        store = {"port": self.port, **{k: v for k, v in settings.items() if k not in ("total_steps", "train_batch_size")}}
+        store = {
+            "port": self.port,
+            **{k: v for k, v in settings.items() if k not in ("total_steps", "train_batch_size")},
+        }
         steps, batch = settings.get("total_steps", 50), settings.get("train_batch_size", 4)
         self.config.write_text(
             f'[run]\nname = "{keys.run}"\nmodel = "none"\nredis_url = "{redis_url}"\ntotal_steps = {steps}\n'

@@ -48,8 +48,12 @@ def test_breaking_the_rule_is_an_error() -> None:
         admission.end("scored")
 
 
-@given(st.integers(1, 5), st.integers(0, 3), st.integers(1, 5), st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9))))
-def test_the_bounds_hold_whatever_happens(batch: int, staleness: int, steps: int, events: list[tuple[int, int]]) -> None:
+@given(
+    st.integers(1, 5), st.integers(0, 3), st.integers(1, 5), st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)))
+)
+def test_the_bounds_hold_whatever_happens(
+    batch: int, staleness: int, steps: int, events: list[tuple[int, int]]
+) -> None:
     admission = Admission(batch, staleness, steps)
     for event, count in events:
         if event == 4:
@@ -63,9 +67,7 @@ def test_the_bounds_hold_whatever_happens(batch: int, staleness: int, steps: int
 
 
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(1, 5), st.lists(st.sampled_from(TRAINING_ENDS), max_size=200))
-def test_a_run_whose_leases_all_end_always_gets_there(
-    batch: int, staleness: int, steps: int, ends: list[str]
-) -> None:
+def test_a_run_whose_leases_all_end_always_gets_there(batch: int, staleness: int, steps: int, ends: list[str]) -> None:
     """No end loses a slot: whatever fails first, every step is trained in the end."""
     admission = Admission(batch, staleness, steps)
     endings = iter(ends)

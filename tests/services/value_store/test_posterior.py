@@ -99,10 +99,10 @@ def test_counts_stay_positive_and_v_hat_moves_toward_the_reward(
     assert min(before, reward) - 1e-12 <= after <= max(before, reward) + 1e-12
 
 
-@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=4))
-def test_no_number_of_equal_rewards_leaves_the_open_interval(rewards: list[float]) -> None:
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_no_number_of_equal_rewards_leaves_the_open_interval(reward: float) -> None:
     alpha, beta = np.array([0.5]), np.array([0.5])
-    for reward in rewards * 4000:
+    for _ in range(6000):  # 0.875^6000 is below the smallest double
         alpha, beta = posterior.update(alpha, beta, 0.875, reward)
     assert alpha > 0
     assert beta > 0
@@ -127,7 +127,7 @@ def test_rho_keeps_its_band(mode: str, z: float, z_last: float, kl: float) -> No
 
 @given(st.data(), st.sampled_from(["event", "drift"]))
 def test_event_and_drift_do_not_depend_on_receipt_order(data: st.DataObject, mode: str) -> None:
-    """With one lease per prompt outstanding, a prompt's own evidence is ordered; how the prompts' evidence interleaves is not."""
+    """One lease a prompt is outstanding, so a prompt's own evidence is ordered; how prompts interleave is not."""
     retention = Retention(mode)  # type: ignore[arg-type]
     z_of = np.cumsum([0.0, *data.draw(st.lists(st.floats(0, 0.3), min_size=5, max_size=5))])
     evidence = st.lists(st.tuples(st.integers(0, 5), REWARDS), max_size=5)

@@ -78,7 +78,9 @@ async def test_pages_follow_one_another_whatever_the_order(http: httpx.AsyncClie
         for descending in (False, True):
             seen, cursor = [], None
             while True:
-                params = {"order": order, "descending": descending, "limit": 10} | ({"cursor": cursor} if cursor else {})
+                params = {"order": order, "descending": descending, "limit": 10} | (
+                    {"cursor": cursor} if cursor else {}
+                )
                 page = (await http.get("/v1/prompts", params=params)).json()
                 seen += page["prompts"]
                 if (cursor := page["cursor"]) is None:
@@ -104,7 +106,9 @@ async def test_filters(http: httpx.AsyncClient) -> None:
     assert len(await found(v_hat_min=0.9)) == 5
     assert len(await found(n_eff_max=2.0)) == 30
     assert len(await found(visits_min=1)) == 0
-    assert sorted(await found(q="WHAT IS 2", source="s")) == sorted(["What is 2?", *[f"What is {i}?" for i in range(20, 30)]])
+    assert sorted(await found(q="WHAT IS 2", source="s")) == sorted(
+        ["What is 2?", *[f"What is {i}?" for i in range(20, 30)]]
+    )
     reply = await http.get("/v1/prompts", params={"q": "what", "limit": 7})
     assert len(reply.json()["prompts"]) == 7
     assert reply.json()["cursor"]
@@ -259,7 +263,9 @@ async def test_tokens(redis: Redis, keys: Keys) -> None:
 
         async def status(method: str, path: str, token: str | None) -> int:
             headers = {"Authorization": f"Bearer {token}"} if token else {}
-            return (await http.request(method, path, json=[] if method == "POST" else None, headers=headers)).status_code
+            return (
+                await http.request(method, path, json=[] if method == "POST" else None, headers=headers)
+            ).status_code
 
         assert [await status("GET", "/v1/training", token) for token in (None, "x", "r", "w")] == [401, 403, 200, 200]
         assert [await status("POST", "/v1/prompts", token) for token in (None, "x", "r", "w")] == [401, 403, 403, 200]

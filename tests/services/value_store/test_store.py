@@ -1,4 +1,4 @@
-"""The one writer against a real Redis: a lease counts once, the ledger adds up, memory follows Redis, a zombie writes nothing."""
+"""The one writer on a real Redis: a lease counts once, the ledger adds up, memory follows Redis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from services.value_store import posterior
 from services.value_store.issuing import demand, parse_replicas, split_demand
 from services.value_store.jobs import Job
 from services.value_store.memory import load_memory
-from services.value_store.store import NotReady, Refused, Store
+from services.value_store.prompts import Refused
+from services.value_store.store import NotReady, Store
 from singlestream.contracts import EndOfRun, PosteriorUpdate, Sampling, Tombstone, decode, encode
 from singlestream.errors import Fenced
 from singlestream.streams import Keys
@@ -51,7 +52,9 @@ def same_memory(a: Store, b: object) -> None:
     assert one.open == two.open  # type: ignore[attr-defined]
     assert one.cursors == two.cursors  # type: ignore[attr-defined]
     assert one.state == two.state  # type: ignore[attr-defined]
-    mine = sorted(zip(one.table.id_number, one.table.records(np.arange(len(one.table))), one.table.in_flight, strict=True))
+    mine = sorted(
+        zip(one.table.id_number, one.table.records(np.arange(len(one.table))), one.table.in_flight, strict=True)
+    )
     other = two.table  # type: ignore[attr-defined]
     assert mine == sorted(zip(other.id_number, other.records(np.arange(len(other))), other.in_flight, strict=True))
 

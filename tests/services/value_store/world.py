@@ -1,4 +1,4 @@
-"""The services around the store, by hand but over the real streams: a replica that plays leases, a learner that trains on the results."""
+"""The services around the store, by hand but over the real streams: a replica that plays, a learner that trains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from singlestream.contracts import (
     WeightManifest,
     decode,
 )
-from singlestream.streams import Held, Keys, LeaseConsumer, LearnerStreams
+from singlestream.streams import Held, Keys, LearnerStreams, LeaseConsumer
 from singlestream.streams.ledger import LedgerCounts, read_ledger
 
 

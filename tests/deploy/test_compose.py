@@ -1,0 +1,188 @@
+"""What must hold of the compose files, whatever else changes in them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from singlestream.config import LOOPBACK, load_config
+from tests.deploy.conftest import DEPLOY, ROOT, tool
+
+ONE_SHOTS = {"init", "model", "prompts", "tools"}
+LONG_RUNNING = {"redis", "value_store", "sandbox_gateway", "rollout", "learner", "prometheus", "grafana"}
+
+
+def healthcheck_of(service: dict[str, Any]) -> bool:
+    """Whether the service, or the stage of the Dockerfile that it is built from, checks its health."""
+    if "healthcheck" in service:
+        return not service["healthcheck"].get("disable", False)
+    build = service["build"]
+    stages = re.split(r"^FROM ", (ROOT / build["dockerfile"]).read_text(), flags=re.M)
+    return any(f" AS {build['target']}\n" in stage and "\nHEALTHCHECK " in stage for stage in stages)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def composed(request: pytest.FixtureRequest) -> dict[str, Any]:
+    config: dict[str, Any] = request.getfixturevalue(request.param)
+    return config
+
+
+def test_every_service_is_known(composed: dict[str, Any]) -> None:
+    assert set(composed["services"]) == ONE_SHOTS | LONG_RUNNING
+
+
+def test_long_running_services_restart_and_check_their_health(composed: dict[str, Any]) -> None:
+    for name in LONG_RUNNING:
+        service = composed["services"][name]
+        assert service["restart"] == "unless-stopped", name
+        assert healthcheck_of(service), name
+
+
+def test_one_shots_run_once(composed: dict[str, Any]) -> None:
+    for name in ONE_SHOTS:
+        assert composed["services"][name]["restart"] == "no", name
+
+
+def test_only_init_is_root_and_it_has_no_network(composed: dict[str, Any]) -> None:
+    for name, service in composed["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert not service.get("privileged"), name
+        if name == "init":
+            assert service["network_mode"] == "none"
+        else:
+            assert service["user"] == "10001:10001", name
+            assert "cap_add" not in service, name
+
+
+def test_ports_are_on_loopback(composed: dict[str, Any]) -> None:
+    published = [port for service in composed["services"].values() for port in service.get("ports", [])]
+    assert {port["host_ip"] for port in published} == {"127.0.0.1"}
+    assert len({port["published"] for port in published}) == len(published) == 3
+
+
+def test_no_secret_has_a_value_here(composed: dict[str, Any]) -> None:
+    for name, service in composed["services"].items():
+        for key, value in (service.get("environment") or {}).items():
+            if re.search(r"TOKEN|PASSWORD|SECRET|REDIS_URL", key):
+                assert key.endswith("_FILE"), (name, key)
+                assert value.startswith("/run/secrets/"), (name, key)
+
+
+def test_each_service_mounts_its_own_secrets_only_to_read(composed: dict[str, Any]) -> None:
+    for name, service in composed["services"].items():
+        if name == "init":
+            continue
+        mounts = [volume for volume in service.get("volumes", []) if volume["target"] == "/run/secrets"]
+        expected = {"sandbox_gateway": [], "model": [], "prompts": ["secrets_tools"]}.get(name, [f"secrets_{name}"])
+        assert [volume["source"] for volume in mounts] == expected, name
+        assert all(volume["read_only"] for volume in mounts), name
+
+
+def test_the_sandbox_is_alone(composed: dict[str, Any]) -> None:
+    sandbox = composed["services"]["sandbox_gateway"]
+    assert list(sandbox["networks"]) == ["sandbox"]
+    assert composed["networks"]["sandbox"]["internal"]
+    assert composed["networks"]["data"]["internal"]
+    assert [volume["target"] for volume in sandbox["volumes"]] == ["/app/configs"]
+    assert any(option.startswith("seccomp:") for option in sandbox["security_opt"])
+    assert sandbox["mem_limit"] == sandbox["memswap_limit"]
+    assert sandbox["pids_limit"]
+    # A replica shares its network, and listens on the other one.
+    beside = {name for name, s in composed["services"].items() if "sandbox" in (s.get("networks") or {})}
+    assert beside == {"sandbox_gateway", "rollout", "prometheus"}
+    assert composed["services"]["rollout"]["environment"]["SINGLESTREAM_ROLLOUT__HOST_TOWARDS"] == "redis"
+    assert "--web.listen-address=prometheus-front:9090" in composed["services"]["prometheus"]["command"]
+
+
+def test_weights_travel_through_memory(composed: dict[str, Any]) -> None:
+    assert composed["volumes"]["weights"]["driver_opts"]["type"] == "tmpfs"
+    for name in ("rollout", "learner"):
+        targets = {volume["target"]: volume["source"] for volume in composed["services"][name]["volumes"]}
+        assert targets["/weights"] == "weights"
+
+
+def test_stopping_waits_for_the_hand_over(composed: dict[str, Any]) -> None:
+    seconds = {name: composed["services"][name]["stop_grace_period"] for name in ("rollout", "sandbox_gateway", "learner")}
+    config = load_config(ROOT / "configs" / "demo-cpu.toml")
+    assert seconds["rollout"] == "1m15s"
+    assert 75 > 3 * config.rollout.stop_timeout_s
+    assert seconds["sandbox_gateway"] == "1m15s"
+    assert 75 > config.sandbox_gateway.max_timeout_s + 10
+    assert seconds["learner"] == "2m0s"
+
+
+def test_gpus_are_disjoint(gpu: dict[str, Any]) -> None:
+    def indices(service: str) -> set[str]:
+        (device,) = gpu["services"][service]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "nvidia"
+        return {index for entry in device["device_ids"] for index in entry.split(",")}
+
+    rollout, learner = indices("rollout"), indices("learner")
+    assert rollout
+    assert learner
+    assert not rollout & learner
+    service = gpu["services"]["rollout"]
+    tensor_parallel = int(service["environment"]["SINGLESTREAM_ROLLOUT__TENSOR_PARALLEL"])
+    assert service["deploy"]["replicas"] * tensor_parallel <= len(rollout)
+    assert {volume["target"] for volume in service["volumes"]} >= {"/run/gpus"}
+
+
+def test_the_cpu_profile_asks_for_no_gpu(cpu: dict[str, Any]) -> None:
+    for name, service in cpu["services"].items():
+        assert "devices" not in service.get("deploy", {}).get("resources", {}).get("reservations", {}), name
+
+
+def test_the_sandbox_fits_its_memory(composed: dict[str, Any]) -> None:
+    file = Path(composed["services"]["sandbox_gateway"]["environment"]["SINGLESTREAM_CONFIG"]).name
+    settings = load_config(ROOT / "configs" / file).sandbox_gateway
+    assert settings.slots is not None
+    assert (settings.slots * settings.memory_mb + 1024) << 20 <= int(composed["services"]["sandbox_gateway"]["mem_limit"])
+
+
+def test_files_that_are_mounted_exist(composed: dict[str, Any]) -> None:
+    for name, service in composed["services"].items():
+        for volume in service.get("volumes", []):
+            if volume["type"] == "bind":
+                assert Path(volume["source"]).exists(), (name, volume["source"])
+        for option in service.get("security_opt", []):
+            if option.startswith("seccomp:"):
+                assert (ROOT / option.removeprefix("seccomp:")).exists(), option
+
+
+def test_build_context_holds_nothing_but_what_images_need() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    kept = {line for line in lines if line.startswith("!")}
+    assert kept == {"!pyproject.toml", "!requirements.lock", "!singlestream", "!services", "!deploy"}
+    assert "deploy/secrets" in lines
+
+
+def test_compose_files_follow_the_specification() -> None:
+    for file in ("docker-compose.yml", "deploy/compose.gpu.yml"):
+        command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(ROOT / file)]
+        reply = subprocess.run(command, capture_output=True, text=True)
+        assert reply.returncode == 0, reply.stdout
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.rglob("Dockerfile*")), ids=lambda path: path.name)
+def test_dockerfiles_lint(file: Path) -> None:
+    reply = subprocess.run([tool("hadolint"), "--failure-threshold", "error", str(file)], capture_output=True, text=True)
+    assert reply.returncode == 0, reply.stdout
+    text = file.read_text()
+    assert not text.startswith("# syntax")
+    assert "ARG BASE=" in text
+    assert "tini" in text
+    for stage in re.split(r"^FROM ", text, flags=re.M)[1:]:
+        if "\nCMD " in stage:
+            assert "USER 10001:10001" in stage
+
+
+def test_no_listening_host_is_open_by_default() -> None:
+    config = load_config(ROOT / "configs" / "demo-cpu.toml")
+    assert {config.value_store.host, config.rollout.host, config.sandbox_gateway.host} <= set(LOOPBACK)
