@@ -174,22 +174,26 @@ class WeightKeeper:
             pause_s,
         )
 
-    async def ensure(self, version: int) -> None:
-        """Wait until a published policy of at least ``version`` is loaded; for 0 the model folder's weights will do.
+    async def ensure(self, version: int, lineage: int = 0) -> None:
+        """Wait until a published policy of at least ``version``, or of a later lineage, is loaded.
+
+        For version 0 the model folder's weights will do.
 
         Raises:
             DeadlineExceeded: it was not within ``rollout.weights_timeout_s``; names the version.
         """
-        if self._serves(version):
+        if self._serves(version, lineage):
             return
         timeout_s = self.settings.weights_timeout_s
         try:
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._serves(version))
+                await self._changed.wait_for(lambda: self._serves(version, lineage))
         except TimeoutError as error:
             held = "none" if not self.published else f"{self.held[0]}.{self.held[1]}"
             cause = f"policy version {version} (held: {held}; last error: {self.last_error or 'none'})"
             raise DeadlineExceeded(cause, timeout_s) from error
 
-    def _serves(self, version: int) -> bool:
-        return self.held[0] >= version and (self.published or version == 0)
+    def _serves(self, version: int, lineage: int) -> bool:
+        """A later lineage serves any version: the learner went back, and may need this very lease to get there again."""
+        held_version, held_lineage = self.held
+        return (held_version >= version or held_lineage > lineage) and (self.published or version == 0)

@@ -240,7 +240,7 @@ class RolloutWorker:
             self._tools_down = True
             await self._put_back(running, lease.progress, "tool", count_attempt=False)
             return
-        if not await _unless(running.interrupt, self.weights.ensure(lease.version)):
+        if not await _unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):
             await self._put_back(running, lease.progress, "stop", count_attempt=False)
             return
         episode = Episode(lease, environment, self.engine, self.tools_of(), self.settings, self.name, running.interrupt)

@@ -15,6 +15,7 @@ MENDS = (
     ("loopback: Failed", _APPARMOR),
     ("threads: expected", "thread limits need Linux 5.14 or newer, where they are counted per user namespace"),
     ("No module named", "install that module in the sandbox's Python, or take it off sandbox_gateway.preload"),
+    ("starts threads", "take that module off sandbox_gateway.preload: runs can still import it"),
     ("apt-get install", "install it"),
 )
 """Part of a message, and the mend."""

@@ -97,6 +97,8 @@ def bubblewrap_command(
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        # pandas loads pyarrow where it is installed, whose allocator would start a background thread.
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",
         # All forks share one hash seed anyway; a fixed one makes the order of sets repeatable.
         "PYTHONHASHSEED": "0",
     }

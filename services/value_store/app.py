@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,9 +15,10 @@ from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from services.value_store import routes_jobs, routes_prompts, routes_run
+from services.value_store import routes_exchange, routes_jobs, routes_prompts, routes_run
+from services.value_store.bounds import Bounds
+from services.value_store.problems import problem, problem_docs
 from services.value_store.prompts import Refused
-from services.value_store.schemas import Problem
 from services.value_store.store import NotReady, Store
 from singlestream.config import LOOPBACK, ValueStoreConfig
 from singlestream.errors import ConfigError, Fenced
@@ -26,21 +27,6 @@ from singlestream.streams.connection import LOST
 log = logging.getLogger(__name__)
 
 BEARER = HTTPBearer(auto_error=False, description="The read or the write token; none is asked for on loopback.")
-PROBLEM_JSON = "application/problem+json"
-TITLES = {
-    400: "Bad request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not found",
-    405: "Method not allowed",
-    409: "Conflict",
-    411: "Length required",
-    413: "Content too large",
-    422: "Unprocessable content",
-    429: "Too many requests",
-    500: "Internal error",
-    503: "Not ready",
-}
 
 
 def check_exposure(settings: ValueStoreConfig) -> None:
@@ -50,17 +36,6 @@ def check_exposure(settings: ValueStoreConfig) -> None:
             f"value_store.host is {settings.host}: off loopback, value_store.read_token and value_store.write_token "
             "must be set (SINGLESTREAM_VALUE_STORE__READ_TOKEN, SINGLESTREAM_VALUE_STORE__WRITE_TOKEN)"
         )
-
-
-def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error body by RFC 9457."""
-    body = Problem(title=TITLES.get(status, "Error"), status=status, detail=detail).model_dump()
-    return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)
-
-
-def _problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": TITLES[status], "content": content} for status in statuses}
 
 
 def require(*tokens: SecretStr | None) -> Callable[..., None]:
@@ -84,7 +59,7 @@ def make_app(store: Store, settings: ValueStoreConfig) -> FastAPI:
         title="Singlestream value store",
         version="1",
         summary="Posteriors of prompts, the leases drawn from them, and the run's state.",
-        responses=_problem_docs(401, 403, 422, 429, 503),
+        responses=problem_docs(400, 401, 403, 413, 422, 429, 503),
         openapi_url="/v1/openapi.json",
         docs_url=None,
         redoc_url=None,
@@ -93,10 +68,11 @@ def make_app(store: Store, settings: ValueStoreConfig) -> FastAPI:
     read, write = settings.read_token, settings.write_token
     reading, writing = [Depends(require(read, write))], [Depends(require(write))]
     app.include_router(routes_run.health)
-    for module in (routes_prompts, routes_jobs, routes_run):
+    for module in (routes_prompts, routes_jobs, routes_run, routes_exchange):
         app.include_router(module.reads, dependencies=reading)
         app.include_router(module.writes, dependencies=writing)
     _handle_errors(app)
+    app.add_middleware(Bounds, max_body_bytes=settings.max_request_bytes, requests_per_s=settings.max_requests_per_s)
     if settings.write_token is None and settings.host in LOOPBACK:
         # Without a token, a web page that points its own name at 127.0.0.1 must not get through.
         app.add_middleware(

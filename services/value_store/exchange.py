@@ -5,6 +5,7 @@ All of them are read and written a stretch at a time, so a million prompts need 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -115,7 +116,8 @@ async def read_offline_values(chunks: AsyncIterator[bytes]) -> AsyncIterator[lis
     read = 0
     try:
         async for chunk in chunks:
-            parser.send(chunk)
+            with contextlib.suppress(StopIteration):  # the object has ended
+                parser.send(chunk)
             if len(found) >= ROWS_AT_A_TIME:
                 yield [_offline(pair, read + i) for i, pair in enumerate(found, 1)]
                 read += len(found)

@@ -66,7 +66,7 @@ def prior_of(rewards: Sequence[float] | None, rho_min: float) -> Prior | None:
 def plan_upsert(
     table: Table, prompts: Sequence[Prompt], priors: Sequence[Prior | None], now_s: float
 ) -> dict[str, bytes]:
-    """Records of the table after an upsert: a prompt with visits keeps its value, one without takes the prior that is given.
+    """Records of the table after an upsert: a prompt with visits keeps its value, one without takes the given prior.
 
     Args:
         table: not changed, but for new sources' numbers.

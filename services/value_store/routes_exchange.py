@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import IO, Annotated, Any, Literal
 
 import msgpack
 import numpy as np
@@ -54,9 +54,9 @@ async def import_prompts(
 ) -> Imported:
     """The body is streamed: any number of prompts, a few megabytes of memory. It may be repeated safely.
 
-    ndjson and parquet: columns question, answer, source, environment, split, and a prior as prior_rewards or as alpha and
-    beta; prompts with visits keep their value. offline_values: ``{prompt text: [scores]}`` of the reference recipe sets
-    the priors of known prompts. What stands before a bad line or row has been imported; the error names its number.
+    ndjson and parquet: columns question, answer, source, environment, split, and a prior as prior_rewards or as alpha
+    and beta; prompts with visits keep their value. offline_values: ``{prompt text: [scores]}`` of the reference
+    recipe sets the priors of known prompts. What stands before a bad line or row has been imported; the error names its number.
     """
     body = _bounded(request.stream(), store.config.value_store.max_import_bytes)
     counts = Imported(prompts=0, priors=0, unknown=0)
@@ -70,7 +70,7 @@ async def import_prompts(
         else:
             with tempfile.NamedTemporaryFile(prefix="singlestream-import-") as file:
                 async for chunk in body:
-                    await run_in_threadpool(_append, file, chunk)
+                    await run_in_threadpool(_append, file.file, chunk)
                 async for prompts in iterate_in_threadpool(exchange.read_parquet(Path(file.name))):
                     await _take(store, prompts, counts)
     except BadImport as error:
@@ -78,7 +78,7 @@ async def import_prompts(
     return counts
 
 
-def _append(file: BinaryIO, chunk: bytes) -> None:
+def _append(file: IO[bytes], chunk: bytes) -> None:
     file.write(chunk)
     file.flush()
 

@@ -347,7 +347,8 @@ class Store:
         if not drawn:
             return 0
         prompts = await self.fetch_prompts([prompt_id for prompt_id, *_ in drawn])
-        now_s, version = time.time(), memory.newest.version if memory.newest else 0
+        now_s, newest = time.time(), memory.newest
+        version, lineage = (newest.version, newest.lineage) if newest else (0, 0)
         leases: list[tuple[Lease, OpenLease]] = []
         for (prompt_id, job, item, sampling), prompt in zip(drawn, prompts, strict=True):
             row = memory.table.row(prompt_id)
@@ -362,6 +363,7 @@ class Store:
                 environment=prompt.environment,
                 v_hat=v_hat,
                 version=version,
+                lineage=lineage,
                 sampling=sampling,
                 job=job,
                 issued_at_s=now_s,

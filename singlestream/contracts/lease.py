@@ -40,7 +40,7 @@ class Lease(Message):
     Example::
 
         Lease(lease_id="train:5f3a9c01:17", prompt_id="a1b2", question="47*91=?", answer="4277",
-              environment="math_python", v_hat=0.4, version=4,
+              environment="math_python", v_hat=0.4, version=4, lineage=1,
               sampling=Sampling(temperature=1, top_p=1, top_k=0), issued_at_s=1.7e9)
     """
 
@@ -55,7 +55,10 @@ class Lease(Message):
     v_hat: float = Field(gt=0.0, lt=1.0)
     """Baseline frozen at issue (I5)."""
     version: int = Field(ge=0)
-    """Newest policy version at issue; no replica starts the lease on an older one."""
+    """Newest policy version at issue; no replica starts the lease on an older one of that lineage."""
+    lineage: int = Field(default=0, ge=0)
+    """Lineage of that version. After a learner went back to its checkpoint, weights of a later lineage will do, whatever
+    their version: the version asked for may not exist again before this very lease is trained."""
     sampling: Sampling
     job: str | None = None
     """Estimation or evaluation job; None for training."""

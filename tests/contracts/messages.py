@@ -55,6 +55,7 @@ def lease(**changes: object) -> Lease:
         "environment": "tiny_tool",
         "v_hat": 0.4,
         "version": 4,
+        "lineage": 1,
         "sampling": Sampling(temperature=1.0, top_p=1.0, top_k=0),
         "issued_at_s": 1.0,
     }

@@ -173,6 +173,13 @@ def _setns(fd: int, step: str) -> None:
     lockdown.check(_libc.setns(fd, lockdown.CLONE_NEWPID), step)
 
 
+def _require_one_thread(proc_fd: int, module: str) -> None:
+    """A fork copies only the thread that forks: locks held by another would stay locked in every run."""
+    with os.scandir(os.open("self/task", os.O_RDONLY, dir_fd=proc_fd)) as tasks:
+        if (threads := len(list(tasks))) != 1:
+            raise SystemExit(f"preloaded module {module} starts threads ({threads} now), so nothing can be forked from it")
+
+
 def collapse_to_huge_pages(maps: str) -> None:
     """Merge the warm heap into 2 MiB pages: a fork then copies hundreds of entries instead of tens of thousands (halves
     its time).
@@ -199,19 +206,15 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     bpf = os.pread(bpf_fd, 1 << 16, 0)
     os.close(bpf_fd)
-    # Imported by nearly every program at some time; cheap to hold, dear to import in each run.
-    for name in (*warmup.STANDARD_LIBRARY, *preload):
+    for name in warmup.STANDARD_LIBRARY:
+        importlib.import_module(name)
+    for name in preload:
         importlib.import_module(name)
         for extra in warmup.SUBMODULES.get(name, ()):
             with contextlib.suppress(ImportError):
                 importlib.import_module(extra)
-    for name in preload:
         exec(warmup.EXERCISE.get(name, ""), {})  # noqa: S102  our own constants
-    threads = len(os.listdir(os.open("self/task", os.O_RDONLY, dir_fd=proc_fd)))
-    if threads != 1:
-        raise SystemExit(
-            f"the zygote must have one thread to be forked safely, it has {threads}: a preloaded module started one"
-        )
+        _require_one_thread(proc_fd, name)
     zygote = Zygote(socket.socket(fileno=control_fd), proc_fd, bpf)
     collapse_to_huge_pages(zygote._read_proc("maps"))
     gc.collect()

@@ -109,9 +109,11 @@ def reference_logprobs(
 ) -> torch.Tensor:
     """[T] log-probabilities of the tokens after the prompt: the first ``switch`` by one policy, the rest by the other.
 
-    The second reads the keys and values that the first left behind, as an engine does that keeps its cache.
+    The second reads the keys and values that the first left behind, as an engine does that keeps its cache: it begins with the first
+    one's last token. With ``switch`` = 0 it does everything.
     """
     ids = torch.tensor([token_ids])
+    before = before if switch else after
     kept = prompt_tokens + max(0, switch - 1)
     with torch.no_grad():
         first = before(input_ids=ids[:, :kept], use_cache=True)

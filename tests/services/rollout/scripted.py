@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +19,12 @@ Say = str | Callable[[GenerationRequest], str]
 
 
 class ScriptedEngine:
-    """Says the texts of a script, one a turn, a token every ``token_s``.
+    """Says the texts of a script, one a turn.
 
     Args:
         tokenizer: writes the texts as tokens.
         script: what to say; the last one is repeated. ``end`` is appended unless the text ends with a stop string.
-        token_s: seconds a token.
+        stall: (turn, tokens): in that turn stop after so many tokens until aborted; `stalled` is set then.
         versions: policy that samples each token, by its number within the turn; None means 0.1 throughout.
     """
 
@@ -31,15 +32,15 @@ class ScriptedEngine:
         self,
         tokenizer: Any,
         script: list[str],
-        token_s: float = 0.0,
+        stall: tuple[int, int] | None = None,
         versions: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
-        self.tokenizer, self.script, self.token_s = tokenizer, script, token_s
+        self.tokenizer, self.script, self.stall = tokenizer, script, stall
+        self.stalled = asyncio.Event()
         self.versions = versions or (lambda _: (0, 1))
         self.requests: list[GenerationRequest] = []
         self.held = (0, 1)
-        self._aborted: set[str] = set()
-        self._turns: dict[tuple[int, ...], int] = {}
+        self._aborts: dict[str, asyncio.Event] = {}
 
     async def generate(self, request_id: str, request: GenerationRequest) -> Generation:
         self.requests.append(request)
@@ -50,10 +51,12 @@ class ScriptedEngine:
             if len(sampled) == request.max_tokens:
                 finish = "length"
                 break
-            await asyncio.sleep(self.token_s)
-            if request_id in self._aborted:
+            if self.stall == (self._place(request)[0], len(sampled)):
+                self.stalled.set()
+                await self._aborts.setdefault(request_id, asyncio.Event()).wait()
                 finish = "aborted"
                 break
+            await asyncio.sleep(0)
             sampled.append(token)
         spans: list[VersionSpan] = []
         for place in range(len(sampled)):
@@ -66,17 +69,20 @@ class ScriptedEngine:
 
     def _turn(self, request: GenerationRequest) -> list[int]:
         """What is still to be said after the prompt: the script is followed by what stands there, so it can be continued."""
-        said = self.tokenizer.decode(request.prompt_ids)
-        answer = said.rsplit("assistant\n", 1)[-1]
-        turn = answer.count("</interpreter>")
+        turn, begun = self._place(request)
         text = self.script[min(turn, len(self.script) - 1)]
-        begun = answer.rsplit("</interpreter>", 1)[-1]
         assert text.startswith(begun)
         ends = any(text.endswith(stop) for stop in request.stop)
         return list(self.tokenizer.encode(text[len(begun) :])) + ([] if ends else [self.tokenizer.eos_token_id])
 
+    def _place(self, request: GenerationRequest) -> tuple[int, str]:
+        """Turn, and what has been said of it."""
+        answer = self.tokenizer.decode(request.prompt_ids).rsplit("assistant\n", 1)[-1]
+        parts = re.split(r"(?:\s*<interpreter>[^<]*(?:</code> without <code>)?</interpreter>\s*)+", answer)
+        return len(parts) - 1, parts[-1]
+
     async def abort(self, request_id: str) -> None:
-        self._aborted.add(request_id)
+        self._aborts.setdefault(request_id, asyncio.Event()).set()
 
     async def swap_weights(self, update: dict[str, Any], version: int, lineage: int, clear_cache: bool) -> float:
         self.held = (version, lineage)
@@ -84,14 +90,17 @@ class ScriptedEngine:
 
 
 class ScriptedSandbox:
-    """Answers every snippet with its own text in capitals, or with a fault as often as it is told to."""
+    """Answers every snippet with its own text in capitals, with a fault as often as it is told to, or never."""
 
-    def __init__(self, faults: int = 0, seconds: float = 0.0) -> None:
-        self.faults, self.seconds = faults, seconds
+    def __init__(self, faults: int = 0, hangs: bool = False) -> None:
+        self.faults, self.hangs = faults, hangs
         self.ran: list[str] = []
+        self.asked = asyncio.Event()
 
     async def execute(self, request: ExecuteRequest, deadline_s: float) -> ExecuteResult:
-        await asyncio.sleep(self.seconds)
+        self.asked.set()
+        if self.hangs:
+            await asyncio.sleep(600)
         if self.faults > 0:
             self.faults -= 1
             raise SandboxError("the gateway is away")

@@ -57,6 +57,13 @@ class Bench:
     def prompt(self, number: int) -> list[int]:
         return [20 + (7 * number + 3 * place) % 90 for place in range(12)]
 
+    async def sampled(self, tokens: int) -> None:
+        """Wait until every running request has so many tokens."""
+        states = self.engine.llm.output_processor.request_states
+        async with asyncio.timeout(60):
+            while not states or min(one.detokenizer.num_output_tokens() for one in states.values()) < tokens:
+                await asyncio.sleep(0.01)
+
     def start(self, number: int) -> asyncio.Task[Generation]:
         request = GenerationRequest(self.prompt(number), SAMPLING, TOKENS)
         return asyncio.create_task(self.engine.generate(f"r{self.version}-{number}", request))
@@ -78,6 +85,7 @@ async def bench(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SINGLESTREAM_TEST", "1")
         apply_engine_variables(config)
+    torch.set_num_threads(1)
     engine = VllmEngine(config, "bench", policies.character_tokenizer(ends=False))
     await engine.start()
     redis = connect(redis_server.url)
@@ -101,7 +109,7 @@ async def test_every_token_matches_the_version_it_names(bench: Bench) -> None:
     old = await bench.publish(1)
     await bench.keeper.ensure(old)
     running = [bench.start(number) for number in range(STREAMS)]
-    await asyncio.sleep(0.4)
+    await bench.sampled(40)
     new = await bench.publish(2)
     await bench.keeper.ensure(new)
     crossed = 0
@@ -141,7 +149,7 @@ async def test_an_aborted_turn_keeps_its_tokens_and_can_be_continued(bench: Benc
     version = await bench.publish(seed)
     await bench.keeper.ensure(version)
     running = bench.start(3)
-    await asyncio.sleep(0.1)
+    await bench.sampled(10)
     await bench.engine.abort(f"r{bench.version}-3")
     part = await running
     assert part.finish == "aborted"
@@ -189,5 +197,5 @@ async def test_an_update_that_fails_half_way_ends_the_engine(bench: Bench) -> No
     with pytest.raises(EngineDead):
         await bench.engine.check_health()
     running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
+    with contextlib.suppress(asyncio.CancelledError, EngineDead):
         await running

@@ -1,0 +1,90 @@
+"""Bounds on requests: how large a body may be, and how many requests a second one client may send."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+
+from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.value_store.problems import problem
+
+MAX_CLIENTS = 10_000
+"""Clients whose rate is remembered; the one that was silent longest is forgotten first."""
+
+UNBOUNDED_BODIES = ("/v1/import",)
+"""Streamed; the route has a bound of its own."""
+NOT_COUNTED = ("/healthz", "/readyz")
+"""An orchestrator's probes must get through."""
+
+
+class RateLimit:
+    """A token bucket for each client; no clock inside.
+
+    Args:
+        per_s: requests a second, averaged.
+        burst: requests that may come at once.
+    """
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self.per_s, self.burst = per_s, max(1.0, burst)
+        self._clients: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, client: str, now_s: float) -> float:
+        """Count a request; returns 0 where it may pass, else the seconds until one may."""
+        tokens, then_s = self._clients.get(client, (self.burst, now_s))
+        tokens = min(self.burst, tokens + (now_s - then_s) * self.per_s)
+        wait_s = 0.0 if tokens >= 1.0 else (1.0 - tokens) / self.per_s
+        self._clients[client] = (tokens - 1.0 if wait_s == 0.0 else tokens, now_s)
+        self._clients.move_to_end(client)
+        if len(self._clients) > MAX_CLIENTS:
+            self._clients.popitem(last=False)
+        return wait_s
+
+
+class Bounds:
+    """ASGI middleware: 429 beyond the rate, 413 beyond the body's size.
+
+    Args:
+        app: the application inside.
+        max_body_bytes: largest body.
+        requests_per_s: of one client address; twice as many may come at once.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, requests_per_s: float) -> None:
+        self.app, self.max_body_bytes, self.requests_per_s = app, max_body_bytes, requests_per_s
+        self.rate = RateLimit(requests_per_s, 2 * requests_per_s)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with a body that is counted as it is read."""
+        if scope["type"] != "http" or scope["path"] in NOT_COUNTED:
+            await self.app(scope, receive, send)
+            return
+        client = scope["client"][0] if scope.get("client") else ""
+        wait_s = self.rate.take(client, time.monotonic())
+        if wait_s > 0.0:
+            detail = f"more than {self.requests_per_s:g} requests a second from {client or 'one client'}"
+            reply = problem(429, detail, {"Retry-After": str(math.ceil(wait_s))})
+            await reply(scope, receive, send)
+            return
+        if scope["path"] in UNBOUNDED_BODIES:
+            await self.app(scope, receive, send)
+            return
+        too_large = f"the body is larger than the bound of {self.max_body_bytes} bytes"
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.max_body_bytes:
+            await problem(413, too_large)(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_body_bytes:
+                raise HTTPException(413, too_large)
+            return message
+
+        await self.app(scope, counted, send)
