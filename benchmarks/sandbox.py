@@ -117,7 +117,9 @@ def start_gateway() -> tuple[subprocess.Popen[bytes], str]:
         port = probe.getsockname()[1]
     environment = {**os.environ, "SINGLESTREAM_SANDBOX_GATEWAY__PORT": str(port)}
     environment.pop("SINGLESTREAM_CONFIG", None)
-    process = subprocess.Popen([sys.executable, "-m", "services.sandbox_gateway"], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.sandbox_gateway"], env=environment, stderr=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     until_s = time.monotonic() + START_DEADLINE_S
     while time.monotonic() < until_s and process.poll() is None:

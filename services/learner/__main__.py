@@ -46,7 +46,7 @@ def run(config: Config) -> int:
         log.error("%s: %s", type(error).__name__, error)
         return 1
     except RuntimeError as error:
-        log.exception("rank %d cannot go on (has a peer ended?): %s", ranks.rank, error)
+        log.exception("rank %d of %d cannot go on: %s", ranks.rank, ranks.world, error)
         return 1
     finally:
         if learner is not None:

@@ -203,7 +203,7 @@ class Learner:
         log.info(
             "step %d/%d reward %.3f staleness %.2f tokens/s %.0f idle %.0f %% loss %.4g drift %.4g",
             self.step, self.total_steps, record["reward_mean"], record["staleness_mean"], record["tokens_per_s"],
-            100 * record["learner_idle_ratio"], step.result.loss, record["drift"],
+            100 * record["learner_idle_ratio"], step.result.loss, step.drift,
         )  # fmt: skip
 
     def finish(self) -> None:

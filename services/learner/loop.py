@@ -46,7 +46,7 @@ def train(learner: Learner) -> None:
         with timer("publish"):
             learner.publish(drift)
             learner.close_leases(batch.trajectories)
-        learner.report(Step(batch, raw_N, result, drift, probe.source, timer.seconds))
+        learner.report(Step(batch, raw_N, result, drift, probe.source, probe.tokens, timer.seconds))
         learner.checkpoint_if_due()
 
     learner.finish()

@@ -39,6 +39,7 @@ class Objective:
 
     Args:
         loss: scalar, this micro-batch's share of L: the shares of all micro-batches and ranks add up to L.
+        terms_A: w·g.
         weights_A: w.
         ratio_A: r.
         log_shift_A: p − b, before truncation and masks.
@@ -46,6 +47,7 @@ class Objective:
     """
 
     loss: torch.Tensor
+    terms_A: torch.Tensor
     weights_A: torch.Tensor
     ratio_A: torch.Tensor
     log_shift_A: torch.Tensor
@@ -100,10 +102,12 @@ def objective(
     floor_A = settings.dual_clip * advantages_A
     negative_A = advantages_A < 0
     gain_A = torch.where(negative_A, torch.maximum(gain_A, floor_A), gain_A)
-    loss = -torch.where(mask_A, weights_A * gain_A, torch.zeros_like(gain_A)).sum() / max(1, batch_action_tokens)
+    terms_A = weights_A * gain_A
+    loss = -torch.where(mask_A, terms_A, torch.zeros_like(terms_A)).sum() / max(1, batch_action_tokens)
     fixed_A = ratio_A.detach()
     return Objective(
         loss=loss,
+        terms_A=terms_A.detach(),
         weights_A=weights_A,
         ratio_A=fixed_A,
         log_shift_A=log_shift_A.detach(),

@@ -68,9 +68,9 @@ class Metrics:
         )
 
     def observe(self, record: dict[str, Any]) -> None:
-        """Take over one record of ``steps.jsonl``."""
+        """Take over one record of ``steps.jsonl``; None stands for a number that is not finite."""
         for field, gauge in self._gauges.items():
-            gauge.set(record[field])
+            gauge.set(float("nan") if record[field] is None else record[field])
         for field, counter in self._counters.items():
             counter.inc(record[field])
         for percentile in PERCENTILES:

@@ -39,7 +39,7 @@ class StepResult:
         grad_norm: before clipping.
         lr: learning rate used.
         applied: False where the loss or the gradient was not finite: nothing was changed.
-        bad_leases: leases with a non-finite log-prob; empty where ``applied``, or where only the gradient was at fault.
+        bad_leases: leases whose part of the loss is not finite; empty where only the gradient was at fault.
         means: means over trained action tokens, and counts, by the names that ``steps.jsonl`` uses.
     """
 
@@ -124,7 +124,7 @@ class Policy:
                 logprobs_A, micro.behaviour_A, advantages_A, micro.mask_A, action_tokens, self.loss_settings
             )
             result.loss.backward()
-            self._account(micro, logprobs_A.detach(), entropy, advantages_A, result, sums, maxima, bad_N)
+            self._account(micro, entropy, advantages_A, result, sums, maxima, bad_N)
         self.ranks.sum(sums)
         self.ranks.max(maxima)
         return self._apply(batch, sums, maxima, bad_N, step)
@@ -132,7 +132,6 @@ class Policy:
     def _account(
         self,
         micro: MicroBatch,
-        logprobs_A: torch.Tensor,
         entropy: torch.Tensor,
         advantages_A: torch.Tensor,
         result: Objective,
@@ -158,7 +157,7 @@ class Policy:
         if len(shift_A):
             maxima[0] = max(maxima[0].item(), shift_A.abs().max().item())
             maxima[1] = max(maxima[1].item(), ages_A.max().item())
-        bad_A = ~torch.isfinite(logprobs_A) & keep_A
+        bad_A = ~torch.isfinite(result.terms_A) & keep_A
         for row in micro.row_A[bad_A].unique().tolist():
             bad_N[micro.samples[row]] = 1.0
 

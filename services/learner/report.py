@@ -49,6 +49,7 @@ class Step:
         result: of the optimizer step.
         drift: mean |log π_{k+1} − log π_k| on the probe, nats.
         drift_source: which tokens the probe had.
+        drift_tokens: how many.
         seconds: by part of the step.
     """
 
@@ -57,6 +58,7 @@ class Step:
     result: StepResult
     drift: float
     drift_source: str
+    drift_tokens: int
     seconds: dict[str, float]
 
     def record(self, step: int, lineage: int, z: float, weights_crc32: int) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class Step:
             **{f"advantage_p{p}": float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
             "drift": self.drift,
             "drift_source": self.drift_source,
+            "drift_tokens": self.drift_tokens,
             "z": z,
             **{f"{part}_s": seconds for part, seconds in self.seconds.items()},
             "learner_idle_ratio": self.seconds["wait"] / max(1e-9, self.seconds["wait"] + busy_s),

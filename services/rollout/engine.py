@@ -72,6 +72,7 @@ def engine_arguments(config: Config, seed: int) -> dict[str, Any]:
         }
     return arguments
 
+
 CLOSE_S = 1.0
 """The engine's processes hold nothing worth saving: what has not ended by then is killed."""
 

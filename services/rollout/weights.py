@@ -174,7 +174,7 @@ class WeightKeeper:
             pause_s,
         )
 
-    async def ensure(self, version: int, lineage: int = 0) -> None:
+    async def ensure(self, version: int, lineage: int) -> None:
         """Wait until a published policy of at least ``version``, or of a later lineage, is loaded.
 
         For version 0 the model folder's weights will do.
@@ -194,6 +194,6 @@ class WeightKeeper:
             raise DeadlineExceeded(cause, timeout_s) from error
 
     def _serves(self, version: int, lineage: int) -> bool:
-        """A later lineage serves any version: the learner went back, and may need this very lease to get there again."""
+        """A later lineage serves any version: the learner went back, and may need this lease to get there again."""
         held_version, held_lineage = self.held
         return (held_version >= version or held_lineage > lineage) and (self.published or version == 0)

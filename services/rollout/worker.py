@@ -212,7 +212,7 @@ class RolloutWorker:
             log.error("lease %s: %s", lease.lease_id, error)
             self._dead = self._dead or error
             self._stop.set()
-            await self._put_back(running, lease.progress, "engine", count_attempt=True)
+            await self._put_back(running, running.held.lease.progress, "engine", count_attempt=True)
         except asyncio.CancelledError:
             if not running.lost:
                 raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable, Coroutine
 
 from services.sandbox_gateway.pool import IsolationUnavailable
 from services.sandbox_gateway.privileges import CannotDrop, become_unprivileged, needed_paths
@@ -17,8 +19,10 @@ from singlestream.errors import ConfigError
 
 
 def main() -> int:
-    """Start the gateway; the exit code is 0 after SIGTERM, 78 (EX_CONFIG) where the host or the settings must be mended
-    first.
+    """Start the gateway.
+
+    Returns:
+        Exit code: 0 after SIGTERM, 78 (EX_CONFIG) where the host or the settings must be mended first.
     """
     parser = argparse.ArgumentParser(
         prog="python -m services.sandbox_gateway", description="Runs model-written Python in jails."
@@ -44,15 +48,14 @@ def main() -> int:
     return 0
 
 
-def _run(main_coroutine: object) -> None:
-    try:
+def _run(serving: Coroutine[None, None, None]) -> None:
+    factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):  # not on every platform; asyncio's own loop does the same, slower
         import uvloop
 
         factory = uvloop.new_event_loop
-    except ImportError:  # not on every platform; asyncio's own loop does the same, slower
-        factory = asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main_coroutine)  # type: ignore[arg-type]
+        runner.run(serving)
 
 
 if __name__ == "__main__":

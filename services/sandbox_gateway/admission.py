@@ -72,8 +72,10 @@ class Admission:
         return "wait"
 
     def leave(self, ticket: int) -> list[int]:
-        """A request is done, gave up waiting, or is gone. Returns the tickets that may run now; leaving twice changes
-        nothing.
+        """A request is done, gave up waiting, or is gone; leaving twice changes nothing.
+
+        Returns:
+            Tickets that may run now.
         """
         self._running.pop(ticket, None)
         self._waiting.pop(ticket, None)

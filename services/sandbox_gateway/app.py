@@ -49,8 +49,8 @@ def create_app(service: SandboxService) -> FastAPI:
     app = FastAPI(
         title="Singlestream sandbox gateway",
         version="1",
-        description="Runs model-written Python in a jail of its own. 200 is an outcome of the snippet; anything else is a fault of the "
-        "infrastructure or of the request, and never evidence about the snippet.",
+        description="Runs model-written Python in a jail of its own. 200 is an outcome of the snippet; anything else "
+        "is a fault of the infrastructure or of the request, and never evidence about the snippet.",
     )
     _add_execute(app, service)
     _add_operations(app, service)
@@ -121,7 +121,7 @@ def _add_operations(app: FastAPI, service: SandboxService) -> None:
     @app.get(
         "/readyz",
         summary="Whether requests are taken",
-        description="503 while no zygote is ready, and while draining. `zygotes` names each kind as `ready` or `starting`.",
+        description="503 while no zygote is ready, and while draining. `zygotes` has each kind's state.",
         responses={
             200: {"content": {"application/json": {"example": {"status": "ready", "zygotes": {"plain": "ready"}}}}},
             **problem_docs(503),

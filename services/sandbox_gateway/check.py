@@ -1,4 +1,4 @@
-"""``python -m services.sandbox_gateway.check [--config FILE]``: says whether this host can isolate, and what it lacks."""
+"""``python -m services.sandbox_gateway.check [--config FILE]``: whether this host can isolate, and what it lacks."""
 
 from __future__ import annotations
 

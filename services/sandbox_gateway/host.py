@@ -24,7 +24,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that may be used: the machine's, lowered by the smallest limit of the control groups this process is in."""
+    """Memory that may be used: the machine's, lowered by the smallest limit of this process's control groups."""
     total = int((_read(root / "proc/meminfo") or "MemTotal: 0 kB").split("MemTotal:")[1].split()[0]) * 1024
     for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -42,13 +42,15 @@ def memory_shortfall(slots: int, memory_mb: int, available_bytes: int) -> str | 
     fitting = max(0, (available_bytes - RESERVE_BYTES) // (memory_mb << 20))
     return (
         f"{slots} slots of {memory_mb} MiB and 1 GiB of reserve need {needed >> 20} MiB, this host or container has "
-        f"{available_bytes >> 20} MiB: set sandbox_gateway.slots to at most {fitting}, lower memory_mb, or raise the memory limit"
+        f"{available_bytes >> 20} MiB: set sandbox_gateway.slots to at most {fitting}, "
+        "lower memory_mb, or raise the memory limit"
     )
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
-    """Folders that may limit this process, from its own group up; inside a container the path may lead nowhere, so the
-    top is there too.
+    """Folders that may limit this process, from its own group up to the top.
+
+    Inside a container the path may lead nowhere; the top is the container's own group then.
     """
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         number, controllers, path = line.split(":", 2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 _PROFILE = "run the container with deploy/sandbox_gateway/seccomp.json"
-_APPARMOR = "allow user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile for bwrap"
+_APPARMOR = (
+    "allow user namespaces: sysctl kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile for bwrap"
+)
 
 MENDS = (
     ("No permissions to creat", f"the container's seccomp profile forbids namespaces: {_PROFILE}"),

@@ -9,7 +9,7 @@ blocks nobody.
 
 
 class HeadTail:
-    """First and last bytes of a stream.
+    r"""First and last bytes of a stream.
 
     Args:
         limit_bytes: bytes kept; the head gets the larger half.
@@ -18,7 +18,7 @@ class HeadTail:
         >>> kept = HeadTail(4)
         >>> kept.feed(b"abcdefgh")
         >>> kept.text(), kept.total_bytes, kept.truncated
-        ('ab\\n… 4 bytes left out …\\ngh', 8, True)
+        ('ab\n… 4 bytes left out …\ngh', 8, True)
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -47,8 +47,9 @@ class HeadTail:
                 del self._tail[: -self._tail_limit]
 
     def text(self) -> str:
-        """What is kept, as text; invalid UTF-8 becomes U+FFFD, and a line says how much is missing between head and
-        tail.
+        """What is kept, as text.
+
+        Invalid UTF-8 becomes U+FFFD; a line between head and tail says how much is missing.
         """
         if not self.truncated:
             return (self._head + self._tail).decode("utf-8", "replace")

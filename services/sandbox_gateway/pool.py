@@ -195,9 +195,10 @@ class ZygotePool:
 
 async def _retire(zygote: ZygoteProcess) -> None:
     """Let a replaced zygote finish its runs, then end it."""
-    until_s = time.monotonic() + DRAIN_DEADLINE_S
     try:
-        while zygote.live_runs and not zygote.gone.is_set() and time.monotonic() < until_s:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(DRAIN_DEADLINE_S):
+            await zygote.drained()
+    except TimeoutError:
+        log.warning("zygote %s still had %d runs after %.0f s", zygote.tier.name, zygote.live_runs, DRAIN_DEADLINE_S)
     finally:
         await zygote.stop()

@@ -27,8 +27,7 @@ class CannotDrop(Exception):
 
 
 def become_unprivileged(command: list[str], needed: Iterable[Path]) -> None:
-    """Replace this process by ``command`` run as an unprivileged user. Returns only if there is nothing to do (already
-    unprivileged).
+    """Replace this process by ``command``, run as an unprivileged user; return only if it is unprivileged already.
 
     Args:
         command: what to run instead of this.
@@ -49,7 +48,7 @@ def become_unprivileged(command: list[str], needed: Iterable[Path]) -> None:
         raise CannotDrop(
             f"it never runs as root, and cannot become uid {UNPRIVILEGED_ID} here ({error}): {mend}"
         ) from error
-    os.execv(command[0], command)
+    os.execv(command[0], command)  # noqa: S606  the same program again
 
 
 def _expose(needed: list[Path]) -> None:
@@ -108,9 +107,7 @@ def _check(result: int, step: str) -> None:
 
 
 def needed_paths(config_file: Path | None, sandbox_python: str) -> list[Path]:
-    """What the gateway must be able to read: its own Python and code, the sandbox's Python, its configuration, its
-    working directory.
-    """
+    """What the gateway must be able to read: both Pythons, its code, its configuration, its working directory."""
     paths = [
         Path(sys.prefix),
         Path(sys.base_prefix),

@@ -1,5 +1,6 @@
-"""Error bodies after RFC 9457 (``application/problem+json``). Each is a fault of the infrastructure or of the request,
-never a snippet's.
+"""Error bodies after RFC 9457 (``application/problem+json``).
+
+Each is a fault of the infrastructure or of the request, never a snippet's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The gateway's settings: from a run's TOML file, or, as it is stateless and needs no run, from defaults and the
-environment alone.
+"""The gateway's settings.
+
+They come from a run's TOML file, or, as the gateway is stateless and needs no run, from the environment alone.
 """
 
 from __future__ import annotations

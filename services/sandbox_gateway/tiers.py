@@ -54,9 +54,7 @@ class TierChoice:
         self._pattern = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, names)))})\b") if names else None
 
     def ranking(self, code: str) -> list[str]:
-        """Names of the kinds, best first: the smallest that has all the modules named, then the others, larger ones
-        first.
-        """
+        """Names of the kinds, best first: the smallest that has all modules named, then the others from the largest."""
         named = set(self._pattern.findall(code)) if self._pattern is not None else set()
         best = next(i for i, tops in enumerate(self._tops) if named <= tops)
         return [self._tiers[best].name, *(tier.name for i, tier in reversed(list(enumerate(self._tiers))) if i != best)]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,8 @@ class Interpreter:
     """The interpreter to start, for example a virtual environment's ``bin/python``."""
     folders: tuple[str, ...]
     """Folders to show, read-only."""
+    links: tuple[str, ...]
+    """Files outside those folders through which the interpreter is reached; the interpreter itself is shown at each."""
 
 
 @cache
@@ -49,15 +52,18 @@ def find_interpreter(executable: str) -> Interpreter:
     except (OSError, subprocess.SubprocessError) as error:
         raise ViewError(f"the sandbox's Python {executable} does not start: {error}") from error
     folders = set(json.loads(answer.stdout))
-    # A Python in /usr shares its prefix with the whole system: show what it needs of it, not /usr/local/etc and the
-    # rest.
-    shown = set()
-    for folder in folders:
-        if Path(folder) in (Path("/usr"), Path("/usr/local")):
-            shown.update(str(p) for p in (Path(folder) / "lib", Path(folder) / "bin") if p.is_dir())
-        else:
-            shown.add(folder)
-    return Interpreter(executable, tuple(sorted(f for f in shown if not f.startswith("/usr/lib"))))
+    # A Python in /usr shares its prefix with the whole system, and needs its libraries only.
+    shown = {f"{folder}/lib" if folder in ("/usr", "/usr/local") else folder for folder in folders} - {"/usr/lib"}
+    links = [link for link in _links(Path(executable)) if not any(link.is_relative_to(folder) for folder in shown)]
+    return Interpreter(executable, tuple(sorted(shown)), tuple(map(str, links)))
+
+
+def _links(path: Path) -> Iterator[Path]:
+    """A path and what it leads to, link by link."""
+    yield path
+    while path.is_symlink():
+        path = Path(os.path.normpath(path.parent / path.readlink()))
+        yield path
 
 
 def bubblewrap_command(
@@ -86,6 +92,8 @@ def bubblewrap_command(
             command += ["--symlink", folder.removeprefix("/"), folder.removeprefix("/usr")]
     for folder in interpreter.folders:
         command += ["--ro-bind", folder, folder]
+    for link in interpreter.links:
+        command += ["--ro-bind", os.path.realpath(interpreter.executable), link]
     for device in DEVICES:
         command += ["--dev-bind", device, device]
     command += ["--ro-bind", str(INSIDE), "/sandbox/inside", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]  # noqa: S108
@@ -106,7 +114,7 @@ def bubblewrap_command(
     for name, value in environment.items():
         command += ["--setenv", name, value]
     start = "import sys; sys.path.insert(0, '/sandbox'); from inside.zygote import main; sys.path.pop(0); main()"
-    # -P and -s: nothing is imported from the working directory or a home; -B: no .pyc; -u: what a killed run has printed
-    # has been sent. Not -I, which would ignore the hash seed above.
+    # -P and -s: nothing is imported from the working directory or a home; -B: no .pyc; -u: what a killed run has
+    # printed has been sent. Not -I, which would ignore the hash seed above.
     python = [interpreter.executable, "-P", "-s", "-B", "-u", "-c", start]
     return [*command, "--", *python, str(control_fd), str(proc_fd), str(bpf_fd), json.dumps(preload)]

@@ -63,6 +63,8 @@ class ZygoteProcess:
         self._stderr = bytearray()
         self._ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._children: dict[int, Child] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
         loop = asyncio.get_running_loop()
         loop.add_reader(control.fileno(), self._on_replies)
         loop.add_reader(stderr_fd, self._on_stderr)
@@ -85,7 +87,8 @@ class ZygoteProcess:
             ours.setblocking(False)
             os.set_blocking(stderr_read, False)
             command = bubblewrap_command(interpreter, theirs.fileno(), proc_fd, bpf_fd, tier.preload)
-            process = subprocess.Popen(  # noqa: ASYNC220  a vfork of a millisecond; asyncio's own would not keep the thread
+            # Takes a millisecond. A thread of a pool must not do it: --die-with-parent would watch that thread.
+            process = subprocess.Popen(  # noqa: ASYNC220
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -93,7 +96,8 @@ class ZygoteProcess:
                 pass_fds=(theirs.fileno(), proc_fd, bpf_fd),
                 env={"PATH": "/usr/bin:/bin"},
                 cwd="/",
-                start_new_session=True,  # Ctrl-C and signals to the gateway's group are the gateway's to handle, so that it can drain
+                # Ctrl-C and signals to the gateway's group are the gateway's to handle, so that it can drain.
+                start_new_session=True,
             )
         except BaseException:
             ours.close()
@@ -125,6 +129,10 @@ class ZygoteProcess:
         """Process id of its bubblewrap."""
         return self._process.pid
 
+    async def drained(self) -> None:
+        """Wait until no run is in progress."""
+        await self._idle.wait()
+
     async def fork(self, order: Order, fds: list[int]) -> tuple[Child, int]:
         """Fork a run.
 
@@ -139,14 +147,13 @@ class ZygoteProcess:
             SandboxFault: the zygote is gone, stuck, or could not fork.
         """
         child = self._children[order.run_id] = Child(order.run_id)
+        self._idle.clear()
         self.runs_started += 1
         attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         try:
             async with asyncio.timeout(FORK_DEADLINE_S):
-                while not self._try_send(order.pack(), attached):
-                    # The socket holds hundreds of orders, so it is full only if the zygote is behind.
-                    await asyncio.sleep(0.002)
-                return child, await asyncio.shield(child.started)
+                await self._send(order.pack(), attached)
+                return child, await child.started
         except TimeoutError:
             self.kill()
             raise SandboxFault(f"the {self.tier.name} zygote did not fork within {FORK_DEADLINE_S:.0f} s") from None
@@ -154,14 +161,16 @@ class ZygoteProcess:
             self.kill()
             raise SandboxFault(f"the {self.tier.name} zygote takes no orders: {error.strerror}") from error
 
-    def _try_send(self, record: bytes, attached: list[tuple[int, int, array.array[int]]]) -> bool:
-        if self.gone.is_set():
-            raise SandboxFault(f"the {self.tier.name} zygote is gone")
-        try:
-            self._control.sendmsg([record], attached)
-        except BlockingIOError:
-            return False
-        return True
+    async def _send(self, record: bytes, attached: list[tuple[int, int, array.array[int]]]) -> None:
+        for _ in range(int(FORK_DEADLINE_S / 0.002)):
+            if self.gone.is_set():
+                raise SandboxFault(f"the {self.tier.name} zygote is gone")
+            try:
+                self._control.sendmsg([record], attached)
+                return
+            except BlockingIOError:  # it holds hundreds of orders, so the zygote is far behind
+                await asyncio.sleep(0.002)
+        raise TimeoutError
 
     def kill(self) -> None:
         """End it and all its runs, now."""
@@ -218,16 +227,23 @@ class ZygoteProcess:
             for fd in fds:
                 os.close(fd)
         elif reply.kind == STARTED:
-            if child.started.done():
+            if child.started.done():  # whoever ordered it has given up
+                signal.pidfd_send_signal(fds[0], signal.SIGKILL)
                 os.close(fds[0])
             else:
                 child.started.set_result(fds[0])
         elif reply.kind == EXITED:
-            del self._children[reply.run_id]
-            child.exited.set_result(reply)
+            self._forget(reply.run_id)
+            if not child.exited.done():
+                child.exited.set_result(reply)
         elif reply.kind == REFUSED:
-            del self._children[reply.run_id]
+            self._forget(reply.run_id)
             child.fail(SandboxFault(f"the {self.tier.name} zygote could not fork: {os.strerror(reply.value)}"))
+
+    def _forget(self, run_id: int) -> None:
+        del self._children[run_id]
+        if not self._children:
+            self._idle.set()
 
     def _on_hangup(self) -> None:
         self._on_stderr_rest()
@@ -248,5 +264,6 @@ class ZygoteProcess:
         asyncio.get_running_loop().remove_reader(self._control.fileno())
         self._control.close()
         children, self._children = self._children, {}
+        self._idle.set()
         for child in children.values():
             child.fail(fault)

@@ -66,8 +66,7 @@ class Batch:
         """Bring memory to where Redis now is."""
         for name, values in self.columns.items():
             getattr(memory.table, name)[self.rows] = values
-        for lease, outcome in self.change.closes:
-            memory.close(lease, outcome)
+        memory.close(self.change.closes)
         memory.duplicates += self.change.duplicates
         if self.calibration is not None:
             memory.calibration = self.calibration

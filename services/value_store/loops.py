@@ -6,6 +6,7 @@ Updates, results, policy versions, and issuing leases. Each runs until it is can
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -44,15 +45,29 @@ async def _follow(
     while True:
         await store.until_ready()
         memory = store.memory
+        ahead: asyncio.Task[list[Entry]] | None = None
         try:
             after = memory.cursors.get(stream, "0-0")
             entries = await store.streams.read_stream(stream, after, count, BLOCK_MS)
-            if entries:
+            while entries:
+                # Redis finds the next entries while these are computed and written.
+                reading = store.streams.read_stream(stream, entries[-1][0], count, BLOCK_MS)
+                ahead = asyncio.create_task(reading)
                 await take(memory.epoch, entries)
+                entries = await ahead
         except NotReady:
             await asyncio.sleep(TICK_S)
         except LOST as error:
             store.doubt(error)
+        finally:
+            await _drop(ahead)
+
+
+async def _drop(ahead: asyncio.Task[list[Entry]] | None) -> None:
+    if ahead is not None:
+        ahead.cancel()
+        with contextlib.suppress(asyncio.CancelledError, *LOST):
+            await ahead
 
 
 async def follow_versions(store: Store) -> None:

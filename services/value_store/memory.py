@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgpack
@@ -103,17 +104,21 @@ class Memory:
         """The outstanding lease of that number, or None."""
         return self.open.get(lease.split(":", 1)[0], {}).get(lease)  # type: ignore[call-overload,no-any-return]
 
-    def close(self, lease: str, outcome: Outcome) -> OpenLease:
-        """Take a lease that has ended out of the books."""
-        purpose: Purpose = lease.split(":", 1)[0]  # type: ignore[assignment]
-        ended = self.open[purpose].pop(lease)
-        self.ended[purpose][outcome] = self.ended[purpose].get(outcome, 0) + 1
-        if purpose == "train":
-            self.admission.end(outcome)
-            row = self.table.row(ended.prompt_id)
-            if row is not None:
-                self.table.in_flight[row] = False
-        return ended
+    def close(self, closes: Iterable[tuple[str, Outcome]]) -> None:
+        """Take leases that have ended out of the books."""
+        counts: Counter[tuple[Purpose, Outcome]] = Counter()
+        landed: list[int] = []
+        for lease, outcome in closes:
+            purpose: Purpose = lease.split(":", 1)[0]  # type: ignore[assignment]
+            ended = self.open[purpose].pop(lease)
+            counts[purpose, outcome] += 1
+            if purpose == "train" and (row := self.table.row(ended.prompt_id)) is not None:
+                landed.append(row)
+        self.table.in_flight[landed] = False
+        for (purpose, outcome), count in counts.items():
+            self.ended[purpose][outcome] = self.ended[purpose].get(outcome, 0) + count
+            if purpose == "train":
+                self.admission.end(outcome, count)
 
     def add(self, lease: str, record: OpenLease) -> None:
         """Enter a lease that has been issued."""

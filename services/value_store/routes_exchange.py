@@ -56,7 +56,8 @@ async def import_prompts(
 
     ndjson and parquet: columns question, answer, source, environment, split, and a prior as prior_rewards or as alpha
     and beta; prompts with visits keep their value. offline_values: ``{prompt text: [scores]}`` of the reference
-    recipe sets the priors of known prompts. What stands before a bad line or row has been imported; the error names its number.
+    recipe sets the priors of known prompts. What stands before a bad line or row has been imported; the error names
+    its number.
     """
     body = _bounded(request.stream(), store.config.value_store.max_import_bytes)
     counts = Imported(prompts=0, priors=0, unknown=0)

@@ -39,13 +39,18 @@ def serve(config: Config) -> None:
         Fenced: another store has taken over.
         DeadlineExceeded: Redis stayed away too long.
     """
-    asyncio.run(run(config))
+    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        runner.run(run(config))
 
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or the loop sets no TCP_NODELAY
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(1024)
+        return listening
     except OSError as error:
         raise ConfigError(f"value_store.host and value_store.port: {host}:{port}: {error.strerror}") from error
 

@@ -156,8 +156,6 @@ class Store:
     ) -> None:
         while entries:
             async with self._writing() as memory:
-                if entries[0][0] == memory.cursors.get(stream):
-                    return
                 try:
                     batch = plan(entries, memory)
                 except UnknownVersions as unknown:
@@ -287,8 +285,7 @@ class Store:
                 if lease in memory.open["train"]
             ]
             cancelled = await self.streams.cancel("train", unread) if unread else []
-            for lease in cancelled:
-                memory.close(lease, "cancelled")
+            memory.close((lease, "cancelled") for lease in cancelled)
             if await self.streams.end_training("stopped", "stopping", "stopped"):
                 memory.state = "stopped"
                 log.info("training is stopped; %d leases are with the learner", len(memory.open["train"]))

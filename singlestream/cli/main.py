@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from singlestream.cli import values
 from singlestream.errors import SinglestreamError
 
 app = typer.Typer(
@@ -18,9 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigOption = Annotated[
-    Path, typer.Option("--config", envvar="SINGLESTREAM_CONFIG", help="The run's TOML file.", exists=True)
-]
+app.add_typer(values.app, name="values")
+app.command()(values.ledger)
+
+ConfigOption = values.ConfigOption
 
 
 def run_until_signal(work: Coroutine[Any, Any, None]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 MAX_CODE_BYTES = 256 << 10
 """Longest code, in bytes of UTF-8; longer is refused with 413."""
@@ -81,7 +82,7 @@ class Usage(_Message):
     """Seconds that the request waited for a slot."""
 
 
-_RESULT_EXAMPLE = {
+_RESULT_EXAMPLE: JsonDict = {
     "status": "error",
     "exit_code": 1,
     "signal": None,
@@ -108,7 +109,7 @@ class ExecuteResult(_Message):
     exit_code: int | None
     """Exit code, 0–255. None if a signal ended it."""
     signal: int | None
-    """Number of the signal that ended it, 9 for time-outs. None if it exited."""
+    """Number of the signal that ended it: 9 at the wall time, 24 at the CPU time. None if it exited."""
     stdout: str
     """Standard output; invalid UTF-8 becomes U+FFFD. What was written before a kill is there."""
     stderr: str

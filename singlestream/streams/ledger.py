@@ -305,13 +305,14 @@ class ValueStoreStreams:
             self.keys.jobs: change.jobs,
             **{self.keys.job_results(job): results for job, results in change.job_results.items()},
         }
+        histories = self.keys.history("")
         wire = {
             "stream": change.stream or False,
             "before": change.before,
             "after": change.after,
             "closes": closes,
             "hashes": {key: [x for pair in items.items() for x in pair] for key, items in hashes.items() if items},
-            "history": [x for prompt, record in change.history for x in (self.keys.history(prompt), record)],
+            "history": [x for prompt, record in change.history for x in (histories + prompt, record)],
             "history_entries": history_entries,
             "counts": counts,
             "strings": {key: text for key, text in strings.items() if text is not None},

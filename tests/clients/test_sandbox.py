@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from singlestream.clients import sandbox
-from singlestream.clients.sandbox import IsolationUnavailable, SandboxClient, SandboxRefused, SandboxUnavailable, observation
+from singlestream.clients.sandbox import (
+    IsolationUnavailable,
+    SandboxClient,
+    SandboxRefused,
+    SandboxUnavailable,
+    observation,
+)
 from singlestream.contracts.sandbox import ErrorReport, ExecuteRequest, ExecuteResult, Usage
 from singlestream.errors import SandboxError
 
@@ -32,7 +38,11 @@ OK: Reply = (200, {}, result().model_dump_json())
 
 
 def problem(status: int, code: str, **headers: str) -> Reply:
-    return status, headers, json.dumps({"type": "urn:x", "title": "t", "status": status, "code": code, "detail": "the detail"})
+    return (
+        status,
+        headers,
+        json.dumps({"type": "urn:x", "title": "t", "status": status, "code": code, "detail": "the detail"}),
+    )
 
 
 class Script:
@@ -54,7 +64,11 @@ class Script:
                 if answer is None:
                     break
                 status, headers, body = answer
-                lines = [f"HTTP/1.1 {status} x", f"Content-Length: {len(body.encode())}", *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items())]
+                lines = [
+                    f"HTTP/1.1 {status} x",
+                    f"Content-Length: {len(body.encode())}",
+                    *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items()),
+                ]
                 writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body.encode())
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -136,7 +150,7 @@ async def test_retry_after_is_kept(scripted: Any) -> None:
 async def test_retry_after_beyond_the_deadline_ends_at_once(scripted: Any) -> None:
     script = await scripted(problem(429, "overloaded", retry_after="30"), OK)
     async with SandboxClient(script.url) as client:
-        with pytest.raises(SandboxUnavailable, match="1 attempts.*overloaded: the detail"):
+        with pytest.raises(SandboxUnavailable, match=r"1 attempts.*overloaded: the detail"):
             await client.execute(REQUEST, deadline_s=20)
         assert client.counts == {"unavailable": 1}
 
@@ -179,7 +193,12 @@ def test_errors_have_one_base() -> None:
         (result(stdout="", stderr="warning\n"), "warning"),
         (result(stdout=""), ""),
         (
-            result(status="error", exit_code=1, stderr="Traceback\nValueError: v\n", error=ErrorReport(type="ValueError", message="v")),
+            result(
+                status="error",
+                exit_code=1,
+                stderr="Traceback\nValueError: v\n",
+                error=ErrorReport(type="ValueError", message="v"),
+            ),
             "1\nTraceback\nValueError: v",
         ),
         (result(status="error", exit_code=3, error=ErrorReport(type="SystemExit", message="3")), "1\nSystemExit: 3"),
@@ -188,10 +207,19 @@ def test_errors_have_one_base() -> None:
             result(status="timeout", exit_code=None, signal=9),
             "1\nTimeoutError: the code did not finish within 2 s and was stopped",
         ),
-        (result(status="output_limit", exit_code=None, signal=9), "1\nOutputLimitError: the code printed too much and was stopped"),
+        (
+            result(status="output_limit", exit_code=None, signal=9),
+            "1\nOutputLimitError: the code printed too much and was stopped",
+        ),
         (result(status="killed", exit_code=None, signal=11, stdout=""), "The code was ended by signal 11"),
         (
-            result(status="memory_limit", exit_code=1, stdout="", stderr="MemoryError\n", error=ErrorReport(type="MemoryError", message="")),
+            result(
+                status="memory_limit",
+                exit_code=1,
+                stdout="",
+                stderr="MemoryError\n",
+                error=ErrorReport(type="MemoryError", message=""),
+            ),
             "MemoryError",
         ),
     ],

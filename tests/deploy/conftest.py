@@ -27,7 +27,9 @@ def resolve(*files: str, env_file: str | None = None) -> dict[str, Any]:
     for file in files:
         arguments += ["-f", file]
     plain = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    reply = subprocess.run([*arguments, "config", "--format", "json"], cwd=ROOT, env=plain, capture_output=True, text=True)
+    reply = subprocess.run(
+        [*arguments, "config", "--format", "json"], cwd=ROOT, env=plain, capture_output=True, text=True
+    )
     assert reply.returncode == 0, reply.stderr
     assert "variable is not set" not in reply.stderr
     parsed: dict[str, Any] = json.loads(reply.stdout)

@@ -108,12 +108,14 @@ def test_weights_travel_through_memory(composed: dict[str, Any]) -> None:
 
 
 def test_stopping_waits_for_the_hand_over(composed: dict[str, Any]) -> None:
-    seconds = {name: composed["services"][name]["stop_grace_period"] for name in ("rollout", "sandbox_gateway", "learner")}
+    seconds = {
+        name: composed["services"][name]["stop_grace_period"] for name in ("rollout", "sandbox_gateway", "learner")
+    }
     config = load_config(ROOT / "configs" / "demo-cpu.toml")
     assert seconds["rollout"] == "1m15s"
-    assert 75 > 3 * config.rollout.stop_timeout_s
+    assert 3 * config.rollout.stop_timeout_s < 75
     assert seconds["sandbox_gateway"] == "1m15s"
-    assert 75 > config.sandbox_gateway.max_timeout_s + 10
+    assert config.sandbox_gateway.max_timeout_s + 10 < 75
     assert seconds["learner"] == "2m0s"
 
 
@@ -142,7 +144,9 @@ def test_the_sandbox_fits_its_memory(composed: dict[str, Any]) -> None:
     file = Path(composed["services"]["sandbox_gateway"]["environment"]["SINGLESTREAM_CONFIG"]).name
     settings = load_config(ROOT / "configs" / file).sandbox_gateway
     assert settings.slots is not None
-    assert (settings.slots * settings.memory_mb + 1024) << 20 <= int(composed["services"]["sandbox_gateway"]["mem_limit"])
+    assert (settings.slots * settings.memory_mb + 1024) << 20 <= int(
+        composed["services"]["sandbox_gateway"]["mem_limit"]
+    )
 
 
 def test_files_that_are_mounted_exist(composed: dict[str, Any]) -> None:
@@ -172,7 +176,9 @@ def test_compose_files_follow_the_specification() -> None:
 
 @pytest.mark.parametrize("file", sorted(DEPLOY.rglob("Dockerfile*")), ids=lambda path: path.name)
 def test_dockerfiles_lint(file: Path) -> None:
-    reply = subprocess.run([tool("hadolint"), "--failure-threshold", "error", str(file)], capture_output=True, text=True)
+    reply = subprocess.run(
+        [tool("hadolint"), "--failure-threshold", "error", str(file)], capture_output=True, text=True
+    )
     assert reply.returncode == 0, reply.stdout
     text = file.read_text()
     assert not text.startswith("# syntax")

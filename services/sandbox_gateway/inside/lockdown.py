@@ -58,7 +58,7 @@ libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_u
 class SeccompProgram(ctypes.Structure):
     """``struct sock_fprog``: the compiled filter as the kernel takes it."""
 
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # noqa: RUF012  ctypes' own convention
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
 def compile_program(bpf: bytes) -> tuple[SeccompProgram, ctypes.Array[ctypes.c_char]]:
@@ -98,7 +98,7 @@ def lock_down(
         program: the seccomp filter.
         event_fd: eventfd that is told once the filter stands; closed here.
         memory_bytes: limit of the whole address space, warm interpreter included.
-        cpu_s: CPU seconds after which the kernel kills the run.
+        cpu_s: CPU seconds after which the kernel sends SIGXCPU, and a second later SIGKILL.
         tmp_bytes: size of the private /tmp.
 
     Raises:
@@ -124,13 +124,13 @@ def lock_down(
     # filling), no set-uid files, no device nodes, no executable mappings of files dropped there.
     options = b"size=%d,nr_inodes=%d,mode=0777" % (tmp_bytes, MAX_TMP_INODES)
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount private /tmp")
-    os.chdir("/tmp")
+    os.chdir("/tmp")  # noqa: S108  the private one
     # Inherited descriptors: the control socket, /proc and other runs' pidfds close; 3 stays for the event below.
     os.dup2(event_fd, 3)
     check(libc.close_range(4, 0xFFFFFFFF, 0), "close inherited descriptors")
     # Memory bombs (bytearray, numpy, mmap, threads' stacks) and CPU burnt while the wall clock is slow.
     limit(resource.RLIMIT_AS, memory_bytes, memory_bytes + MEMORY_ERROR_RESERVE_BYTES)
-    limit(resource.RLIMIT_CPU, cpu_s)
+    limit(resource.RLIMIT_CPU, cpu_s, cpu_s + 1)
     # Thread bombs; counted per user namespace (Linux ≥ 5.14), hence set after it was made.
     limit(resource.RLIMIT_NPROC, MAX_THREADS)
     # Descriptor exhaustion, and with it kernel memory held in pipes and sockets.

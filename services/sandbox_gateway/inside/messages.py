@@ -1,8 +1,8 @@
-"""Messages between the gateway and a zygote, over one SOCK_SEQPACKET socket: fixed-size records, little-endian, file
-descriptors attached.
+"""Messages between the gateway and a zygote.
 
-The zygote holds a capability, so it never parses anything that a snippet can shape: an order is numbers only, and the
-snippet's text travels as a descriptor that only the locked-down child reads.
+They travel over one SOCK_SEQPACKET socket: fixed-size records, little-endian, file descriptors attached. The zygote
+holds a capability, so it never parses anything that a snippet can shape: an order is numbers only, and the snippet's
+text travels as a descriptor that only the locked-down child reads.
 
 Example:
     >>> order = Order(run_id=7, memory_bytes=1 << 30, cpu_s=12, tmp_bytes=32 << 20, seed=-1, echo=False)

@@ -1,11 +1,10 @@
-"""Runs the snippet in a child that is already locked down: what Python does with a script, in a process that was not
-started for it.
+"""Runs the snippet in a child that is already locked down.
 
-Nothing here is trusted by anyone: the snippet shares the process and may rewrite all of it.
+It does what Python does with a script, in a process that was not started for it. Nothing here is trusted by anyone: the
+snippet shares the process and may rewrite all of it.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -28,6 +27,9 @@ from .messages import REPORT_BYTES
 
 FILE_NAME = "main.py"
 """Name of the snippet in tracebacks."""
+
+BALLAST_BYTES = 4 << 20
+"""A few of the allocator's arenas, never touched and so never resident."""
 
 _FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
@@ -52,11 +54,14 @@ def run(source: bytes, *, echo: bool, seed: int | None, report: int) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     reseed(seed, source)
     gc.enable()
+    # Freed when something goes wrong: even building a traceback needs memory, and a MemoryError may have left none.
+    ballast = bytearray(BALLAST_BYTES)
     exit_code = 0
     try:
         for code in _compile(source, echo):
             exec(code, module.__dict__)  # noqa: S102  what this service is for
     except BaseException as error:
+        del ballast
         exit_code = _uncaught(error, report)
     return _finish(module, exit_code)
 
@@ -69,7 +74,7 @@ def reseed(seed: int | None, source: bytes = b"") -> None:
     random.seed(seed)
     if seed is not None and b"numpy" in source:
         with contextlib.suppress(ImportError):
-            import numpy  # noqa: F401, ICN001
+            import numpy  # noqa: F401
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed(int.from_bytes(os.urandom(4), "little") if seed is None else seed)
     if (sympy_random := sys.modules.get("sympy.core.random")) is not None:
@@ -77,8 +82,9 @@ def reseed(seed: int | None, source: bytes = b"") -> None:
 
 
 def _compile(source: bytes, echo: bool) -> list[types.CodeType]:
-    """The snippet as code objects; with echo, a last expression becomes one of its own, in interactive mode, at its own
-    lines.
+    """The snippet as code objects.
+
+    With echo, a last expression becomes one of its own, compiled in interactive mode, at its own lines.
     """
     text = source.decode("utf-8")
     linecache.cache[FILE_NAME] = (len(text), None, text.splitlines(keepends=True), FILE_NAME)
@@ -156,9 +162,7 @@ def _line(error: BaseException) -> int | None:
 
 
 def _finish(module: types.ModuleType, exit_code: int) -> int:
-    """What the interpreter does at its end: wait for threads, atexit functions, finalizers of the module's globals,
-    flush.
-    """
+    """Do what the interpreter does at its end: threads, atexit functions, finalizers of the globals, flush."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

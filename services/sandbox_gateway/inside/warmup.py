@@ -5,12 +5,15 @@ first-call caches. An exercise must leave no state that a snippet could notice: 
 """
 
 STANDARD_LIBRARY = (
-    "__future__", "abc", "argparse", "array", "ast", "asyncio", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc",
-    "concurrent.futures", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "enum", "fractions", "functools",
-    "hashlib", "heapq", "inspect", "io", "itertools", "json", "linecache", "math", "numbers", "operator", "pathlib", "pickle", "pprint",
-    "queue", "random", "re", "secrets", "shutil", "signal", "statistics", "string", "struct", "subprocess", "tempfile", "textwrap",
-    "threading", "time", "timeit", "traceback", "typing", "unicodedata", "uuid", "warnings", "weakref", "zlib",
+    "__future__", "abc", "argparse", "array", "ast", "asyncio", "base64", "bisect", "calendar", "cmath",
+    "collections", "collections.abc", "concurrent.futures", "contextlib", "copy", "csv", "dataclasses",
+    "datetime", "decimal", "difflib", "enum", "fractions", "functools", "hashlib", "heapq", "inspect", "io",
+    "itertools", "json", "linecache", "math", "numbers", "operator", "pathlib", "pickle", "pprint", "queue",
+    "random", "re", "secrets", "shutil", "signal", "statistics", "string", "struct", "subprocess", "tempfile",
+    "textwrap", "threading", "time", "timeit", "traceback", "typing", "unicodedata", "uuid", "warnings",
+    "weakref", "zlib",
 )  # fmt: skip
+"""Imported by nearly every program at some time; cheap to hold, dear to import in each run."""
 
 SUBMODULES = {
     "numpy": ("numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial"),
@@ -50,7 +53,12 @@ s.nsimplify(0.5)
 s.latex(x**2 / y)
 str(s.sqrt(2) * x)
 """,
-    "numpy": "import numpy as np; (np.ones((4, 4)) @ np.ones((4, 4))).sum(); np.linalg.det(np.eye(3)); repr(np.arange(3.0))",
+    "numpy": """
+import numpy as np
+(np.ones((4, 4)) @ np.ones((4, 4))).sum()
+np.linalg.det(np.eye(3))
+repr(np.arange(3.0))
+""",
     "pandas": "import pandas as pd; repr(pd.DataFrame({'a': [1, 2], 'b': ['x', 'y']}).groupby('b').sum())",
     "networkx": "import networkx as nx; nx.shortest_path(nx.path_graph(4), 0, 3)",
     "mpmath": "import mpmath; mpmath.sqrt(2); mpmath.quad(mpmath.sin, [0, 1])",

@@ -175,14 +175,15 @@ def _setns(fd: int, step: str) -> None:
 
 def _require_one_thread(proc_fd: int, module: str) -> None:
     """A fork copies only the thread that forks: locks held by another would stay locked in every run."""
-    with os.scandir(os.open("self/task", os.O_RDONLY, dir_fd=proc_fd)) as tasks:
-        if (threads := len(list(tasks))) != 1:
-            raise SystemExit(f"preloaded module {module} starts threads ({threads} now), so nothing can be forked from it")
+    tasks = os.open("self/task", os.O_RDONLY, dir_fd=proc_fd)
+    threads = len(os.listdir(tasks))
+    os.close(tasks)
+    if threads != 1:
+        raise SystemExit(f"preloaded module {module} starts threads ({threads} now), so nothing can be forked from it")
 
 
 def collapse_to_huge_pages(maps: str) -> None:
-    """Merge the warm heap into 2 MiB pages: a fork then copies hundreds of entries instead of tens of thousands (halves
-    its time).
+    """Merge the warm heap into 2 MiB pages, which halves the time of a fork: it copies entries, not bytes.
 
     Only an optimisation: a kernel without MADV_COLLAPSE (before 6.1) answers EINVAL, and so does an empty range.
     """
@@ -196,9 +197,7 @@ def collapse_to_huge_pages(maps: str) -> None:
 
 
 def main() -> None:
-    """Entry: ``argv[1]`` is the control socket, ``argv[2]`` /proc, ``argv[3]`` the filter, ``argv[4]`` a JSON list of
-    modules to preload.
-    """
+    """Entry. Arguments: descriptors of the control socket, of /proc and of the filter; JSON list of modules to load."""
     control_fd, proc_fd, bpf_fd = (int(a) for a in sys.argv[1:4])
     preload: list[str] = json.loads(sys.argv[4])
     # Ctrl-C in a terminal is the gateway's to handle; Python's own handler would make process 1 of a run answer signals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,18 @@ def sync_redis(redis_server: EmbeddedRedis) -> Iterator[Redis]:
 
 
 @pytest.fixture
-def make_run(tiny: Path, redis_server: EmbeddedRedis, keys: Keys, tmp_path: Path) -> Callable[..., Run]:
-    """A run of the test's own name; further names for comparisons."""
+def make_run(tiny: Path, redis_server: EmbeddedRedis, keys: Keys, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """A run of the test's own name; further names for comparisons. No process outlives the test."""
+    processes: list[subprocess.Popen[str]] = []
 
     def make(suffix: str = "", run: dict[str, Any] | None = None, learner: dict[str, Any] | None = None) -> Run:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         name = keys.run + suffix
-        return Run(tmp_path, tiny, redis_server.url, name, port, run or {}, learner or {})
+        return Run(tmp_path, tiny, redis_server.url, name, port, run or {}, learner or {}, processes)
 
-    return make
+    yield make
+    for process in processes:
+        process.kill()
+        process.communicate()

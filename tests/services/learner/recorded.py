@@ -78,11 +78,19 @@ def append(redis: Redis, keys: Keys, messages: list[Message]) -> None:
         redis.xadd(keys.trajectories, {"id": number, "m": encode(message)})
 
 
-def record(redis: Redis, keys: Keys, trajectories: int, seed: int = 0, batch: int = 8, end: bool = True) -> None:
-    """A whole run's stream; each trajectory was sampled by the version that its batch trains."""
-    rng = np.random.default_rng(seed)
-    messages: list[Message] = [trajectory(n, rng, version=(n - 1) // batch) for n in range(1, trajectories + 1)]
-    append(redis, keys, [*messages, EndOfRun(reason="recorded")] if end else messages)
+def record(
+    redis: Redis, keys: Keys, trajectories: int, batch: int = 8, first: int = 1, last: int | None = None
+) -> None:
+    """A run's stream from lease ``first`` to ``last``, each sampled by the version that its batch trains.
+
+    Where ``last`` is the run's last trajectory or None, the end marker follows.
+    """
+    rng = np.random.default_rng(0)
+    whole: list[Message] = [trajectory(n, rng, version=(n - 1) // batch) for n in range(1, trajectories + 1)]
+    last = last or trajectories
+    append(redis, keys, whole[first - 1 : last])
+    if last == trajectories:
+        append(redis, keys, [EndOfRun(reason="recorded")])
 
 
 @dataclass
@@ -96,6 +104,7 @@ class Run:
     port: int
     run: dict[str, Any] = field(default_factory=dict)
     learner: dict[str, Any] = field(default_factory=dict)
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def config(self) -> Path:
@@ -139,9 +148,11 @@ class Run:
             "--config",
             str(self.config),
         ]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        self.processes.append(process)
+        return process
 
     def finish(self, ranks: int = 1, deadline_s: float = 100.0) -> str:
         """Run the learner to its end; returns its log."""

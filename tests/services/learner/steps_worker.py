@@ -36,9 +36,13 @@ def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, A
         result = policy.update(batch, scaled, step)
         means = {name: value for name, value in result.means.items() if name != "entropy"}  # entropy is of a sample
         facts.append({"loss": result.loss, "grad_norm": result.grad_norm, "drift": probe.drift(), **means})
+    tensors = {name: tensor.clone() for name, tensor in full_tensors(policy.model, torch.float32)}
+    refused = policy.update(batch, np.array([np.nan, *scaled[1:]]), STEPS)
+    after = dict(full_tensors(policy.model, torch.float32))
     return {
         "facts": facts,
-        "tensors": dict(full_tensors(policy.model, torch.float32)),
+        "refused": (refused.applied, refused.bad_leases, all(torch.equal(tensors[n], after[n]) for n in tensors)),
+        "tensors": tensors,
         "micro_batches": len(policy.micro_batches(batch)),
     }
 

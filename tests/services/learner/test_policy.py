@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.services.learner.recorded import ROOT
+from tests.services.learner.recorded import ROOT, lease
 
 BASE = {"lr": 3e-4, "compute_dtype": "float32", "attention": "padded", "micro_batch_tokens": 4096}
 ONE_RANK: dict[str, dict[str, Any]] = {
@@ -79,3 +79,9 @@ def test_the_layout_does_not_matter(one_rank: Results, name: str) -> None:
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_the_number_of_ranks_does_not_matter(one_rank: Results, two_ranks: Results, name: str) -> None:
     same(one_rank["padded"], two_ranks[name])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_names_the_lease(one_rank: Results, two_ranks: Results) -> None:
+    for results in (one_rank, two_ranks):
+        for result in results.values():
+            assert result["refused"] == (False, [lease(1)], True)

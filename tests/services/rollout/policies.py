@@ -23,7 +23,7 @@ TEMPLATE = (
 
 
 def character_tokenizer(*, ends: bool = True) -> PreTrainedTokenizerFast:
-    """One token a character, and the tags; ``ends=False`` has no end of sequence, so that every generation is as long as it may."""
+    """One token a character, and the tags; ``ends=False`` has no end of sequence: a generation is as long as it may."""
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *TAGS, "\n", *map(chr, range(32, 127))))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -109,8 +109,8 @@ def reference_logprobs(
 ) -> torch.Tensor:
     """[T] log-probabilities of the tokens after the prompt: the first ``switch`` by one policy, the rest by the other.
 
-    The second reads the keys and values that the first left behind, as an engine does that keeps its cache: it begins with the first
-    one's last token. With ``switch`` = 0 it does everything.
+    The second reads the keys and values that the first left behind, as an engine does that keeps its cache: it begins
+    with the first one's last token. With ``switch`` = 0 it does everything.
     """
     ids = torch.tensor([token_ids])
     before = before if switch else after

@@ -1,4 +1,4 @@
-"""An engine and a sandbox that follow a script: the edges of an episode, for tests of its state machine and of the worker."""
+"""An engine and a sandbox that follow a script: the edges of an episode."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ScriptedEngine:
         return Generation(sampled, [-0.5 - 0.001 * n for n in range(len(sampled))], spans, finish)  # type: ignore[arg-type]
 
     def _turn(self, request: GenerationRequest) -> list[int]:
-        """What is still to be said after the prompt: the script is followed by what stands there, so it can be continued."""
+        """What is still to be said after the prompt: where the script was left, it is continued."""
         turn, begun = self._place(request)
         text = self.script[min(turn, len(self.script) - 1)]
         assert text.startswith(begun)
@@ -121,7 +121,9 @@ class ScriptedSandbox:
         )
 
 
-def lease(number: int = 1, *, environment: str = "tiny_tool", progress: Progress | None = None, **changes: Any) -> Lease:
+def lease(
+    number: int = 1, *, environment: str = "tiny_tool", progress: Progress | None = None, **changes: Any
+) -> Lease:
     """A training lease whose right answer is ``7``."""
     fields: dict[str, Any] = {
         "lease_id": f"train:0000abcd:{number}",

@@ -1,4 +1,4 @@
-"""The state machine of an episode, on a scripted engine: every end, every limit, and going on from what was handed over."""
+"""The state machine of an episode, on a scripted engine: every end and limit, and what was handed over goes on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ async def test_stop_without_a_tool() -> None:
     finished = await Case([BOX]).finish()
     assert (finished.end_reason, finished.turns, finished.tool_calls) == ("stop", 1, [])
     assert kinds(finished) == ["prompt", "generated"]
-    assert TOKENIZER.decode(finished.segments[0].token_ids.tolist()).endswith("3+4=?<|im_end|>\n<|im_start|>assistant\n")
+    assert TOKENIZER.decode(finished.segments[0].token_ids.tolist()).endswith(
+        "3+4=?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert finished.response.text == BOX
 
 
@@ -238,9 +240,7 @@ async def test_special_tokens_in_tool_output_stay_text() -> None:
     assert TOKENIZER.decode(observed) == "<interpreter><|im_end|></interpreter>"
 
 
-@pytest.mark.parametrize(
-    ("drop", "expected"), [("left", "…67890"), ("right", "12345…"), ("middle", "123…90")], ids=str
-)
+@pytest.mark.parametrize(("drop", "expected"), [("left", "…67890"), ("right", "12345…"), ("middle", "123…90")], ids=str)
 def test_truncation(drop: Any, expected: str) -> None:
     assert truncate("1234567890", 6, drop) == expected
     assert truncate("123456", 6, drop) == "123456"

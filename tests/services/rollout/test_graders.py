@@ -1,4 +1,7 @@
-"""Golden cases of the grading rules. Sources: SPO.md's rule; verl's `is_correct_strict_box` for the windows and the balanced braces."""
+"""Golden cases of the grading rules.
+
+Sources: the reference recipe's rule, and verl's `is_correct_strict_box` for the windows and the balanced braces.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
-SECRET = "hunter2-not-for-snippets"
+SECRET = "hunter2-not-for-snippets"  # noqa: S105
 """In the gateway's environment and in a file that it can read; no output may ever hold it."""
 START_DEADLINE_S = 60.0
 
@@ -42,7 +43,7 @@ class Gateway:
         environment.pop("SINGLESTREAM_CONFIG", None)
         command = [sys.executable, "-m", "services.sandbox_gateway"]
         root = Path(__file__).parents[3]
-        self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=self.log, stderr=self.log)
+        self.process: Any = subprocess.Popen(command, cwd=root, env=environment, stdout=self.log, stderr=self.log)
         try:
             self._wait_ready(warm)
         except BaseException:
@@ -52,10 +53,26 @@ class Gateway:
             raise
         self.http = httpx.Client(base_url=self.url, timeout=90)
 
+    @classmethod
+    def attach(cls, pid: int, url: str) -> Gateway:
+        """A gateway that something else has started, such as a container; its secret must be :data:`SECRET`, too."""
+        attached = cls.__new__(cls)
+        attached.url, attached.port = url, int(url.rsplit(":", 1)[1])
+        attached.process = psutil.Process(pid)
+        attached.log = tempfile.NamedTemporaryFile("w+", prefix="sandbox-gateway-", suffix=".log")  # noqa: SIM115
+        attached._wait_ready(warm=True)
+        attached.http = httpx.Client(base_url=url, timeout=90)
+        return attached
+
+    def detach(self) -> None:
+        """Leave it running."""
+        self.http.close()
+        self.log.close()
+
     def _wait_ready(self, warm: bool) -> None:
         until_s = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < until_s:
-            if self.process.poll() is not None:
+            if isinstance(self.process, subprocess.Popen) and self.process.poll() is not None:
                 raise AssertionError(f"the gateway ended with {self.process.returncode}: {self.logged()}")
             try:
                 answer = httpx.get(f"{self.url}/readyz", timeout=5)
@@ -89,10 +106,8 @@ class Gateway:
         folder = Path(f"/proc/{self.process.pid}/fd")
         count = 0
         for entry in folder.iterdir():
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 count += not os.readlink(entry).startswith("socket:")
-            except FileNotFoundError:
-                pass
         return count
 
     def memory_bytes(self) -> int:

@@ -1,5 +1,7 @@
 """Benign snippets whose standard output and exit code must be the same here and in a fresh Python."""
 
+# ruff: noqa: E501  a snippet is one line of text, however long
+
 from __future__ import annotations
 
 from textwrap import dedent

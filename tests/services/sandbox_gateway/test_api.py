@@ -74,7 +74,8 @@ def test_output_is_drained_however_much(gateway: Gateway) -> None:
 
 
 def test_seed_repeats_a_run(gateway: Gateway) -> None:
-    code = "import random, numpy\nfrom sympy.core.random import rng\nprint(random.random(), numpy.random.rand(), rng.random())"
+    draws = "print(random.random(), numpy.random.rand(), rng.random())"
+    code = f"import random, numpy\nfrom sympy.core.random import rng\n{draws}"
     first, second, other = (gateway.run(code, seed=seed)["stdout"] for seed in (7, 7, 8))
     assert first == second != other
     assert gateway.run(code)["stdout"] != gateway.run(code)["stdout"]
@@ -91,18 +92,21 @@ def test_memory_limit_counts_beyond_the_interpreter(gateway: Gateway) -> None:
 def test_request_id_comes_back(gateway: Gateway) -> None:
     answer = gateway.http.post("/v1/execute", json={"code": "1", "request_id": "abc"})
     assert answer.headers["x-request-id"] == "abc"
-    refused = gateway.http.post("/v1/execute", json={"code": "1", "request_id": "abc", "memory_mb": 4096, "timeout_s": 61})
+    refused = gateway.http.post(
+        "/v1/execute", json={"code": "1", "request_id": "abc", "memory_mb": 4096, "timeout_s": 61}
+    )
     problem_of(refused, 422, "invalid_request")
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"", b"{", b"[]", b"null", b'{"code": 1}', b'{"code": "1", "unknown": 2}', b'{"code": "1", "timeout_s": 0}', b'{"code": "\\ud800"}',
-        b'{"code": "1", "timeout_s": 60.1}', b'{"code": "1", "memory_mb": 63}', b'{"code": "1", "memory_mb": 4097}', b'\xff\xfe',
-        b'{"code": "1", "cpu_s": -1}', b'{"code": "1", "timeout_s": "NaN"}', b'{"code": "1", "seed": -1}', b'{"code": "1", "max_output_bytes": -1}',
-    ],
+WRONG_BODIES = (
+    b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"code": 1}', b'{"code": "\\ud800"}', b'{"code": "1", "unknown": 2}',
+    b'{"code": "1", "timeout_s": 0}', b'{"code": "1", "timeout_s": 60.1}', b'{"code": "1", "timeout_s": "NaN"}',
+    b'{"code": "1", "memory_mb": 63}', b'{"code": "1", "memory_mb": 4097}', b'{"code": "1", "cpu_s": -1}',
+    b'{"code": "1", "seed": -1}', b'{"code": "1", "max_output_bytes": -1}',
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("body", WRONG_BODIES)
 def test_wrong_requests_are_refused(gateway: Gateway, body: bytes) -> None:
     problem_of(gateway.http.post("/v1/execute", content=body), 422, "invalid_request")
 
@@ -110,7 +114,11 @@ def test_wrong_requests_are_refused(gateway: Gateway, body: bytes) -> None:
 def test_large_requests_are_refused(gateway: Gateway) -> None:
     assert gateway.run("#" + "x" * (256 * 1024 - 1))["status"] == "ok"
     assert gateway.run("import sys; print(len(sys.stdin.read()))", stdin="x" * (1 << 20))["stdout"] == "1048576\n"
-    for request in ({"code": "#" * (256 * 1024 + 1)}, {"code": "é" * (128 * 1024 + 1)}, {"code": "1", "stdin": "x" * ((1 << 20) + 1)}):
+    for request in (
+        {"code": "#" * (256 * 1024 + 1)},
+        {"code": "é" * (128 * 1024 + 1)},
+        {"code": "1", "stdin": "x" * ((1 << 20) + 1)},
+    ):
         problem_of(gateway.http.post("/v1/execute", json=request), 413, "too_large")
     problem_of(gateway.http.post("/v1/execute", content=b" " * (9 << 20)), 413, "too_large")
 
@@ -214,7 +222,10 @@ def test_a_zygote_is_replaced_after_its_runs() -> None:
     try:
         first = {p.pid for p in gateway.descendants()}
         until_s = time.monotonic() + 30
-        while gateway.metric("singlestream_sandbox_zygote_starts_total") < 2 or {p.pid for p in gateway.descendants()} & first:
+        while (
+            gateway.metric("singlestream_sandbox_zygote_starts_total") < 2
+            or {p.pid for p in gateway.descendants()} & first
+        ):
             assert gateway.run("print(1)")["stdout"] == "1\n"
             assert time.monotonic() < until_s
         assert 'reason="recycle"' in gateway.http.get("/metrics").text

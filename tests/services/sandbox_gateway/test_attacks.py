@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.services.sandbox_gateway.attacks import ATTACKS, Attack
+from tests.services.sandbox_gateway import attacks_on_resources as resources
+from tests.services.sandbox_gateway import attacks_on_the_host as the_host
+from tests.services.sandbox_gateway.attack import Attack
 from tests.services.sandbox_gateway.gateway import SECRET, Gateway
+
+ATTACKS = (
+    *resources.TIME, *resources.PROCESSES, *resources.MEMORY, *resources.OUTPUT,
+    *the_host.FILES, *the_host.NETWORK, *the_host.KERNEL, *the_host.ISOLATION,
+)  # fmt: skip
 
 CLEAN = """
 import builtins, json, math, os, sys, threading
@@ -95,6 +103,4 @@ def test_no_zygote_died_of_them(gateway: Gateway) -> None:
 
 def test_the_secret_was_there_to_read(gateway: Gateway) -> None:
     """The attack tests would prove nothing if the gateway itself had no secret."""
-    from pathlib import Path
-
     assert SECRET in Path(f"/proc/{gateway.process.pid}/environ").read_text()

@@ -22,7 +22,17 @@ def run_in_twin(snippet: Snippet, folder: Path) -> tuple[int, str]:
     program = folder / f"{abs(hash(snippet.name))}.py"
     program.write_text(snippet.code)
     python = find_interpreter(sys.executable)
-    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--uid", "65534", "--gid", "65534", "--clearenv"]
+    command = [
+        "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--uid",
+        "65534",
+        "--gid",
+        "65534",
+        "--clearenv",
+    ]
     for name in ("/usr/lib", "/usr/lib64"):
         if os.path.isdir(name):
             command += ["--ro-bind", name, name, "--symlink", name[1:], name.removeprefix("/usr")]

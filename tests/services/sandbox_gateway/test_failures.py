@@ -16,7 +16,9 @@ from tests.services.sandbox_gateway.gateway import Gateway
 
 BACK_WITHIN_S = 2.0
 SLACK = 3.0
-"""Tests must not depend on the machine's speed: the aim of two seconds is what the benchmark reports, this is the bound."""
+"""Tests must not depend on the machine's speed: the aim of two seconds is what the benchmark reports, this is the
+bound.
+"""
 
 
 def busy(gateway: Gateway, answers: list[httpx.Response | httpx.TransportError], count: int) -> list[threading.Thread]:
@@ -24,7 +26,13 @@ def busy(gateway: Gateway, answers: list[httpx.Response | httpx.TransportError],
 
     def call() -> None:
         try:
-            answers.append(httpx.post(f"{gateway.url}/v1/execute", json={"code": "import time; time.sleep(30)", "timeout_s": 40}, timeout=60))
+            answers.append(
+                httpx.post(
+                    f"{gateway.url}/v1/execute",
+                    json={"code": "import time; time.sleep(30)", "timeout_s": 40},
+                    timeout=60,
+                )
+            )
         except httpx.TransportError as error:
             answers.append(error)
 

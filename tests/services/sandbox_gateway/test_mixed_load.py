@@ -32,7 +32,10 @@ def honest(n: int) -> tuple[str, str]:
         (f"print({n} * 2)", f"{n * 2}\n"),
         (f"print(sum(range({n})))", f"{sum(range(n))}\n"),
         (f"import numpy as np\nprint(int(np.arange({n}).sum()))", f"{sum(range(n))}\n"),
-        (f"from sympy import symbols, expand\nx = symbols('x')\nprint(expand((x + {n})**2))", f"x**2 + {2 * n}*x + {n * n}\n"),
+        (
+            f"from sympy import symbols, expand\nx = symbols('x')\nprint(expand((x + {n})**2))",
+            f"x**2 + {2 * n}*x + {n * n}\n",
+        ),
         (f"import os\nprint(os.listdir('/tmp'))\nopen('/tmp/{n}', 'w').write('x')", "[]\n"),
         (f"print('{n}' * 1000)", f"{n}" * 1000 + "\n"),
     )
@@ -53,7 +56,9 @@ async def test_mixed_runs(gateway: Gateway) -> None:
                 if hostile:
                     code, statuses = HOSTILE[n % len(HOSTILE)]
                     # The wall time is only for those that use all of it; the others need room on a busy machine.
-                    request = ExecuteRequest(code=code, timeout_s=0.3 if statuses == ("timeout",) else 30, memory_mb=128)
+                    request = ExecuteRequest(
+                        code=code, timeout_s=0.3 if statuses == ("timeout",) else 30, memory_mb=128
+                    )
                     result = await client.execute(request, deadline_s=100)
                     right = result.status in statuses
                 else:
@@ -66,7 +71,9 @@ async def test_mixed_runs(gateway: Gateway) -> None:
         await asyncio.gather(*(run(n) for n in range(RUNS)))
         assert not wrong, wrong[:3]
         assert client.counts["unavailable"] == client.counts["retry_sandbox_error"] == 0
-        assert sum(client.counts[s] for s in ("ok", "error", "timeout", "memory_limit", "output_limit", "killed")) == RUNS
+        assert (
+            sum(client.counts[s] for s in ("ok", "error", "timeout", "memory_limit", "output_limit", "killed")) == RUNS
+        )
 
     gateway.wait_idle(idle)
     assert gateway.open_files() == files

@@ -25,7 +25,9 @@ from services.sandbox_gateway.verdict import Ending, judge, read_report
     limit=st.integers(0, 8),
     steps=st.lists(st.tuples(st.booleans(), st.integers(1, 8), st.integers(0, 30)), max_size=80),
 )
-def test_admission_never_exceeds_its_bounds_and_keeps_order(slots: int, limit: int, steps: list[tuple[bool, int, int]]) -> None:
+def test_admission_never_exceeds_its_bounds_and_keeps_order(
+    slots: int, limit: int, steps: list[tuple[bool, int, int]]
+) -> None:
     admission = Admission(slots, limit)
     weights: dict[int, int] = {}
     running: set[int] = set()
@@ -52,7 +54,9 @@ def test_admission_never_exceeds_its_bounds_and_keeps_order(slots: int, limit: i
             assert admission.leave(leaver) == []
         assert sum(weights[t] for t in running) == admission.used_slots <= slots
         assert len(waiting) == admission.waiting <= limit
-        assert not waiting or admission.used_slots + weights[waiting[0]] > slots, "a slot stands idle while someone waits"
+        assert not waiting or admission.used_slots + weights[waiting[0]] > slots, (
+            "a slot stands idle while someone waits"
+        )
 
 
 def test_admission_refuses_what_could_never_run() -> None:
@@ -120,15 +124,19 @@ def test_verdicts_of_signals() -> None:
     assert judge(ending_of(signal.SIGKILL, kill_reason="output_limit")).status == "output_limit"
     assert judge(ending_of(signal.SIGKILL, cpu_s=12.0)).status == "timeout"
     assert judge(ending_of(signal.SIGKILL)).status == "killed"
+    assert judge(ending_of(signal.SIGXCPU)).status == "timeout"
     crash = judge(ending_of(signal.SIGSEGV | 0x80, kill_reason="timeout"))
     assert (crash.status, crash.exit_code, crash.signal) == ("killed", None, signal.SIGSEGV)
 
 
-@pytest.mark.parametrize(
-    "report",
-    [[], "x", 1, None, {}, {"type": 1, "message": "m"}, {"type": "E"}, {"type": "E", "message": ["m"]}, {"type": "E", "message": "m", "line": "9"},
-     {"type": "E", "message": "m", "line": -1}, {"type": "E", "message": "m", "line": 2**40}, {"type": "E", "message": "m", "line": True}],
+HOSTILE_REPORTS = (
+    [], "x", 1, None, {}, {"type": 1, "message": "m"}, {"type": "E"}, {"type": "E", "message": ["m"]},
+    {"type": "E", "message": "m", "line": "9"}, {"type": "E", "message": "m", "line": -1},
+    {"type": "E", "message": "m", "line": 2**40}, {"type": "E", "message": "m", "line": True},
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("report", HOSTILE_REPORTS)
 def test_hostile_reports_change_no_status(report: object) -> None:
     verdict = judge(exited(1, report=report))
     assert verdict.status == "error"
@@ -150,9 +158,9 @@ def test_deep_and_surrogate_reports() -> None:
 
 def test_messages_have_fixed_bytes() -> None:
     order = Order(7, 1 << 30, 12, 32 << 20, -1, True)
-    assert order.pack().hex() == "0700000000000000" "0000004000000000" "0c00000000000000" "0000000200000000" "ffffffffffffffff" "01"
+    assert order.pack().hex() == "070000000000000000000040000000000c000000000000000000000200000000ffffffffffffffff01"
     reply = Reply(EXITED, 7, 139, 0.5, 2048)
-    assert reply.pack().hex() == "02" "0700000000000000" "8b00000000000000" "000000000000e03f" "0008000000000000"
+    assert reply.pack().hex() == "0207000000000000008b00000000000000000000000000e03f0008000000000000"
     assert (Order.unpack(order.pack()), Reply.unpack(reply.pack())) == (order, reply)
 
 
@@ -169,14 +177,22 @@ def test_memory_of_a_bare_host(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_container_version_2(tmp_path: Path) -> None:
-    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "4294967296\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": "4294967296\n",
+        "sys/fs/cgroup/cpu.max": "150000 100000\n",
+    }
     write(tmp_path, files)
     assert host.memory_bytes(tmp_path) == 4 << 30
     assert host.cores(tmp_path) == 1
 
 
 def test_memory_of_a_nested_group_version_2(tmp_path: Path) -> None:
-    files = {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/memory.max": "2147483648\n", "sys/fs/cgroup/a/b/memory.max": "max\n"}
+    files = {
+        "proc/self/cgroup": "0::/a/b\n",
+        "sys/fs/cgroup/a/memory.max": "2147483648\n",
+        "sys/fs/cgroup/a/b/memory.max": "max\n",
+    }
     assert host.memory_bytes(write(tmp_path, files)) == 2 << 30
 
 
@@ -201,7 +217,11 @@ def test_memory_shortfall_names_the_largest_number_that_fits() -> None:
 
 def test_zygotes_are_chosen_by_what_the_code_names() -> None:
     tiers = tiers_for(("numpy", "scipy", "sympy"))
-    assert [(t.name, t.preload) for t in tiers] == [("plain", ()), ("maths", ("numpy", "sympy")), ("libraries", ("numpy", "scipy", "sympy"))]
+    assert [(t.name, t.preload) for t in tiers] == [
+        ("plain", ()),
+        ("maths", ("numpy", "sympy")),
+        ("libraries", ("numpy", "scipy", "sympy")),
+    ]
     choice = TierChoice(tiers)
     assert choice.ranking("print(1)")[0] == "plain"
     assert choice.ranking("import numpy as np")[0] == "maths"

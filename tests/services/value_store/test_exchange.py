@@ -49,7 +49,7 @@ async def test_an_export_is_an_import(
         reply = await load(second, body, format)
         assert reply.json() == {"prompts": 2500, "priors": 2500, "unknown": 0}
         params = {"limit": 1000, "order": "id"}
-        mine, theirs = ((await one.get("/v1/prompts", params=params)).json()["prompts"] for one in (http, second))
+        mine, theirs = [(await one.get("/v1/prompts", params=params)).json()["prompts"] for one in (http, second)]
         same = ("prompt_id", "question", "answer", "source", "environment", "split", "alpha", "beta", "v_hat")
         assert [[one[name] for name in same] for one in mine] == [[one[name] for name in same] for one in theirs]
         assert {one["visits"] for one in theirs} == {0}

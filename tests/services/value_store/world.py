@@ -21,7 +21,6 @@ from singlestream.contracts import (
     PosteriorUpdate,
     Segment,
     TensorEntry,
-    Tombstone,
     Trajectory,
     WeightManifest,
     decode,
@@ -126,7 +125,7 @@ class World:
 
     async def train(self, outcome: str = "trained") -> list[PosteriorUpdate]:
         """Send an update for every new trajectory."""
-        updates = [evidence(one, outcome) for one in await self.read() if not isinstance(one, Tombstone)]
+        updates = [evidence(one, outcome) for one in await self.read() if isinstance(one, Trajectory)]
         await self.learner.send_updates(updates)
         return updates
 

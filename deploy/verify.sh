@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Builds and runs the profile cpu on this machine's Docker Engine, and checks the product in it: a fresh run trains in
+# containers, values change, a second replica takes leases, the sandbox reaches nothing, every query of the dashboards and
+# alert rules names a metric that is exported. Ends with `down -v` on its own project, so it touches no other run.
+#
+# COMPOSE (docker compose): the compose command. NO_BUILD=1: images are there. STEPS (3): optimizer steps to wait for.
+# KEEP=1: leave everything running.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+read -ra COMPOSE <<<"${COMPOSE:-docker compose}"
+export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-singlestream-verify} COMPOSE_PROFILES=cpu COMPOSE_FILE=docker-compose.yml
+export VALUE_STORE_PORT=${VALUE_STORE_PORT:-0}
+STEPS=${STEPS:-3}
+DEADLINE_S=${DEADLINE_S:-600}
+
+say() { printf '== [%ss] %s\n' "$SECONDS" "$*"; }
+die() { printf 'verify: %s\n' "$*" >&2; "${COMPOSE[@]}" ps -a >&2; "${COMPOSE[@]}" logs --tail 20 >&2; exit 1; }
+store() {  # store PATH: the value store's answer, asked from inside its container
+    "${COMPOSE[@]}" exec -T value_store python3 -c '
+import sys, urllib.request
+token = open("/run/secrets/read_token").read()
+request = urllib.request.Request("http://127.0.0.1:8100" + sys.argv[1], headers={"Authorization": "Bearer " + token})
+print(urllib.request.urlopen(request, timeout=30).read().decode())' "$1"
+}
+field() { python3 -c "import json, sys; d = json.load(sys.stdin); print($1)"; }
+wait_for() {  # wait_for WHAT COMMAND...: until the command succeeds
+    local what=$1 started=$SECONDS
+    shift
+    until "$@"; do
+        [ $((SECONDS - started)) -lt "$DEADLINE_S" ] || die "waited $DEADLINE_S s for $what"
+        sleep 2
+    done
+}
+trained() { [ "$(store /v1/training | field "d['trained']")" -ge "$1" ]; }
+replicas_at_work() { [ "$(store /v1/stats | field "sum(r['alive'] and r['in_use'] > 0 for r in d['replicas'])")" -ge "$1" ]; }
+
+say "configuration"
+"${COMPOSE[@]}" config -q
+if [ -z "${NO_BUILD:-}" ]; then
+    say "build"
+    "${COMPOSE[@]}" build -q
+fi
+if [ -z "${KEEP:-}" ]; then trap '"${COMPOSE[@]}" down -v -t 10 >/dev/null 2>&1' EXIT; fi
+say "up"
+"${COMPOSE[@]}" up -d --wait --wait-timeout "$DEADLINE_S" --no-build --pull never >/dev/null 2>&1 || die "not everything became healthy"
+"${COMPOSE[@]}" ps --format 'table {{.Name}}\t{{.Status}}'
+
+say "from the sandbox's container nothing is reachable"
+mapfile -t IDS < <("${COMPOSE[@]}" ps -q)
+ADDRESSES=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}' "${IDS[@]}" | tr '\n' ' ')
+GATEWAY=$("${COMPOSE[@]}" ps -q sandbox_gateway)
+OWN=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$GATEWAY")
+# shellcheck disable=SC2086  # a list of addresses
+docker exec -i "$GATEWAY" python3 - "$OWN" $ADDRESSES <<'PY' || die "the sandbox reaches what it must not"
+import socket, sys
+own, *others = sys.argv[1:]
+ports = (22, 53, 80, 443, 2375, 3000, 6379, 8100, 8101, 8102, 8103, 8265, 9090)
+targets = [(host, port) for host in sorted(set(others) - {own}) for port in ports]
+targets += [("1.1.1.1", 53), ("8.8.8.8", 443), ("169.254.169.254", 80)]
+reached = []
+for target in targets:
+    try:
+        socket.create_connection(target, timeout=0.5).close()
+        reached.append(target)
+    except OSError:
+        pass
+for name in ("redis", "value_store", "learner"):
+    try:
+        reached.append((name, socket.gethostbyname(name)))
+    except OSError:
+        pass
+print(f"  {len(targets)} addresses and ports tried, {len(reached)} reached {reached or ''}")
+sys.exit(bool(reached))
+PY
+
+say "a fresh run trains $STEPS steps"
+BATCH=$("${COMPOSE[@]}" exec -T value_store python3 -c 'from singlestream.config import load_config; print(load_config().run.train_batch_size)')
+wait_for "$STEPS steps" trained $((STEPS * BATCH))
+store /v1/training
+store "/v1/stats" | field "'  visits %d, mean posterior %.3f, Brier %s' % (d['visits'], d['v_hat_mean'], d['brier'])"
+store "/v1/prompts?visits_min=1&limit=3" | field "'  changed values: %s' % [(p['prompt_id'][:8], round(p['v_hat'], 3), p['visits']) for p in d['prompts']]"
+[ "$(store '/v1/prompts?visits_min=1&limit=3' | field "sum(p['v_hat'] != 0.5 for p in d['prompts'])")" -gt 0 ] || die "no value has changed"
+
+say "a second replica takes leases"
+"${COMPOSE[@]}" up -d --no-build --no-recreate --no-deps --scale rollout=2 rollout >/dev/null 2>&1
+wait_for "two replicas at work" replicas_at_work 2
+store /v1/stats | field "'\n'.join('  %(name)s: %(in_use)d of %(slots)d slots, version %(version)d' % r for r in d['replicas'])"
+store /v1/ledger | field "'  ' + str(d['train'])"
+store /v1/ledger | field "d['train']['adds_up'] or sys.exit('the ledger does not add up')" >/dev/null
+
+say "every metric of the dashboards and rules is exported"
+{
+    store /metrics
+    "${COMPOSE[@]}" exec -T sandbox_gateway python3 -c 'import urllib.request as u; print(u.urlopen("http://127.0.0.1:8101/metrics").read().decode())'
+    "${COMPOSE[@]}" exec -T rollout sh -c 'python3 -c "import sys, urllib.request as u; print(u.urlopen(\"http://\" + sys.argv[1] + \":8102/metrics\").read().decode())" "$(cat /tmp/listening_on)"'
+    "${COMPOSE[@]}" exec -T learner python3 -c 'import urllib.request as u; print(u.urlopen("http://127.0.0.1:8103/metrics").read().decode())'
+} >/tmp/singlestream-metrics.$$
+python3 - /tmp/singlestream-metrics.$$ <<'PY' || die "a query names a metric that nothing exports"
+import re, sys
+from pathlib import Path
+exported = set(re.findall(r"^# TYPE (\S+)", Path(sys.argv[1]).read_text(), re.M))
+asked = set()
+for file in (*Path("deploy/grafana/dashboards").glob("*.json"), Path("deploy/prometheus/rules.yml")):
+    asked |= set(re.findall(r"\bsinglestream_\w+", file.read_text()))
+missing = {name for name in asked if name not in exported and re.sub(r"_(bucket|sum|count)$", "", name) not in exported}
+print(f"  {len(asked)} metrics asked for, {len(missing)} missing {sorted(missing) or ''}")
+sys.exit(bool(missing))
+PY
+rm -f /tmp/singlestream-metrics.$$
+say "done"

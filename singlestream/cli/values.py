@@ -1,0 +1,164 @@
+"""`singlestream values` and `singlestream ledger`.
+
+The value store's answers as tables, or as JSON for other programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from singlestream.clients.value_store import PromptValue, ValueStore
+
+app = typer.Typer(help="Prompt values: what the value store believes of each prompt.", no_args_is_help=True)
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", envvar="SINGLESTREAM_CONFIG", help="The run's TOML file.", exists=True)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="Rows.")]
+
+
+@contextmanager
+def _store(config: Path) -> Iterator[ValueStore]:
+    from singlestream.cli.connect import store_of
+    from singlestream.config import load_config
+    from singlestream.errors import SinglestreamError
+
+    try:
+        with store_of(load_config(config)) as store:
+            yield store
+    except SinglestreamError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _json(models: BaseModel | list[BaseModel]) -> None:
+    if isinstance(models, list):
+        for model in models:
+            typer.echo(model.model_dump_json())
+    else:
+        typer.echo(models.model_dump_json(indent=2))
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _show_prompts(title: str, prompts: list[PromptValue], as_json: bool) -> None:
+    if as_json:
+        _json(list(prompts))
+        return
+    rows = [
+        [
+            prompt.question if len(prompt.question) <= 48 else prompt.question[:47] + "…",
+            f"{prompt.v_hat:.3f}",
+            f"{prompt.interval[0]:.2f}–{prompt.interval[1]:.2f}",
+            f"{prompt.n_eff:.1f}",
+            str(prompt.visits),
+            "-" if prompt.version is None else str(prompt.version),
+            prompt.prompt_id,
+        ]
+        for prompt in prompts
+    ]
+    _table(title, ["question", "v̂", "95 %", "n_eff", "visits", "version", "id"], rows)
+
+
+@app.command()
+def top(
+    config: ConfigOption,
+    order: Annotated[str, typer.Option(help="value, weight, visits, n_eff or updated.")] = "weight",
+    ascending: Annotated[bool, typer.Option(help="Smallest first.")] = False,
+    limit: LimitOption = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Prompts in order, by default those the sampler is most likely to draw."""
+    with _store(config) as store:
+        page = store.list(order=order, descending=not ascending, limit=limit)
+    _show_prompts(f"by {order}", page.prompts, as_json)
+
+
+@app.command()
+def search(text: str, config: ConfigOption, limit: LimitOption = 20, as_json: JsonOption = False) -> None:
+    """Prompts whose question contains a text."""
+    with _store(config) as store:
+        page = store.list(q=text, limit=limit)
+    _show_prompts(f"questions with {text!r}", page.prompts, as_json)
+
+
+@app.command()
+def show(prompt_id: str, config: ConfigOption, limit: LimitOption = 20, as_json: JsonOption = False) -> None:
+    """One prompt: its posterior and its last updates, newest first."""
+    with _store(config) as store:
+        prompt, history = store.get(prompt_id), store.history(prompt_id, limit)
+    if as_json:
+        _json(prompt)
+        return
+    _show_prompts("posterior", [prompt], as_json)
+    rows = [
+        [
+            entry.lease_id,
+            str(entry.version),
+            f"{entry.reward:g}",
+            f"{entry.rho:.3f}",
+            f"{entry.v_hat_before:.3f} → {entry.v_hat_after:.3f}",
+            f"{entry.n_eff:.1f}",
+        ]
+        for entry in history
+    ]
+    _table("updates", ["lease", "version", "reward", "ρ", "v̂", "n_eff"], rows)
+
+
+@app.command()
+def stats(config: ConfigOption, as_json: JsonOption = False) -> None:
+    """The table of prompts at a glance: visits, mean value, sampling entropy, calibration."""
+    with _store(config) as store:
+        answer = store.stats()
+    if as_json:
+        _json(answer)
+        return
+    facts = {
+        "prompts (training)": f"{answer.prompts} ({answer.prompts_train})",
+        "visited": str(answer.visited),
+        "visits": str(answer.visits),
+        "mean v̂": "-" if answer.v_hat_mean is None else f"{answer.v_hat_mean:.3f}",
+        "Brier score of v̂ at the lease": "-" if answer.brier is None else f"{answer.brier:.3f}",
+        "sampling entropy": f"{answer.sampling_entropy_nats:.2f} of {answer.sampling_entropy_max_nats:.2f} nats",
+    }
+    _table("values", ["", "value"], [list(fact) for fact in facts.items()])
+    rows = [
+        [f"{one.v_hat_low:.1f}–{one.v_hat_high:.1f}", str(one.count), f"{one.v_hat_mean:.3f}", f"{one.reward_mean:.3f}"]
+        for one in answer.reliability
+        if one.count
+    ]
+    _table("calibration", ["v̂ at the lease", "leases", "mean v̂", "mean reward"], rows)
+
+
+def ledger(config: ConfigOption, as_json: JsonOption = False) -> None:
+    """Where every lease is, by purpose."""
+    with _store(config) as store:
+        answer = store.ledger()
+    if as_json:
+        _json(answer)
+        return
+    columns = ["leased", "outstanding", "trained", "stale", "failed", "scored", "cancelled"]
+    rows = []
+    for purpose in ("train", "estimate", "evaluate"):
+        counts = getattr(answer, purpose)
+        rows.append([purpose, *(str(getattr(counts, column)) for column in columns), "yes" if counts.adds_up else "NO"])
+    _table(f"ledger, epoch {answer.epoch}, {answer.duplicates} duplicates", ["purpose", *columns, "adds up"], rows)

@@ -1,0 +1,107 @@
+"""Every query of the dashboards and alert rules names a metric that a service exports."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.conftest import DEPLOY, ROOT
+
+DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
+RULES = DEPLOY / "prometheus" / "rules.yml"
+
+
+def exported() -> set[str]:
+    """Names of all series, with the endings that counters and histograms have."""
+    from services.learner.metrics import Metrics as Learner
+    from services.rollout.metrics import Metrics as Rollout
+    from services.sandbox_gateway.metrics import Metrics as Sandbox
+
+    names = set()
+    for metrics in (Learner(), Rollout(), Sandbox()):
+        for family in metrics.registry.collect():
+            names |= {family.name, *(f"{family.name}_{ending}" for ending in ("total", "bucket", "sum", "count"))}
+    # The value store computes its metrics from a store's memory: their names stand in its source.
+    source = (ROOT / "services" / "value_store" / "metrics.py").read_text()
+    prefix = "singlestream_value_store_"
+    for kind, name in re.findall(r'(\w+)MetricFamily\(\s*f"\{_PREFIX\}_(\w+)"', source):
+        names.add(prefix + name + ("_total" if kind == "Counter" else ""))
+    for name in re.findall(r'yield _histogram\("(\w+)"', source):
+        names |= {f"{prefix}{name}_{ending}" for ending in ("bucket", "sum", "count")}
+    return names
+
+
+def queries(dashboard: dict[str, Any]) -> list[str]:
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+
+
+def named(text: str) -> set[str]:
+    return set(re.findall(r"\bsinglestream_\w+", text))
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.name)
+def test_dashboards_ask_for_what_is_exported(path: Path) -> None:
+    found = queries(json.loads(path.read_text()))
+    assert found
+    assert not named("\n".join(found)) - exported()
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.name)
+def test_panels_do_not_overlap_and_use_the_provisioned_source(path: Path) -> None:
+    dashboard = json.loads(path.read_text())
+    source = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"][0]
+    covered: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & covered, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        covered |= cells
+        if panel["type"] != "row":
+            assert panel["datasource"]["uid"] == source["uid"]
+
+
+def test_rules_ask_for_what_is_exported_and_say_what_to_do() -> None:
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    assert len({rule["alert"] for rule in rules}) == len(rules)
+    for rule in rules:
+        assert not named(rule["expr"]) - exported(), rule["alert"]
+        assert rule["labels"]["severity"] in ("page", "warn", "info")
+        assert {"summary", "action"} <= set(rule["annotations"])
+
+
+def test_every_service_is_scraped_where_it_listens() -> None:
+    jobs = {
+        job["job_name"]: job
+        for job in yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    }
+    targets = {name: job["static_configs"][0]["targets"] for name, job in jobs.items() if "static_configs" in job}
+    assert targets == {
+        "value_store": ["value_store:8100"],
+        "sandbox_gateway": ["sandbox_gateway:8101"],
+        "learner": ["learner:8103"],
+    }
+    assert jobs["rollout"]["dns_sd_configs"][0] | {"refresh_interval": None} == {
+        "names": ["rollout"],
+        "type": "A",
+        "port": 8102,
+        "refresh_interval": None,
+    }
+    assert jobs["value_store"]["authorization"]["credentials_file"] == "/run/secrets/read_token"
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's package prometheus")
+def test_promtool_accepts_the_rules() -> None:
+    reply = subprocess.run(["promtool", "check", "rules", str(RULES)], capture_output=True, text=True)
+    assert reply.returncode == 0, reply.stdout + reply.stderr
