@@ -7,6 +7,7 @@ interpreter; the gateway is a fresh process on loopback, called through the prod
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ ANSWERS = {"print": "42\n", "numpy": "512\n", "sympy": "[2, 3]\n"}
 CALLERS = (1, 4, 16, 64)
 SECONDS = {False: 4.0, True: 0.5}
 """How long each side of each row runs, at full length and with --quick; both sides get the same time."""
+SLICES = {"print": 8, "numpy": 4, "sympy": 1}
+"""Turns of a row's two sides; a slice must be long beside one bare run."""
 OVERHEAD_REQUESTS = {False: 300, True: 50}
 START_DEADLINE_S = 60.0
 
@@ -45,8 +48,8 @@ class Rate:
     p99_ms: float
 
 
-async def rate(call: Callable[[], Awaitable[None]], callers: int, seconds: float) -> Rate:
-    """Let so many callers call for so long, and count."""
+async def slice_times(call: Callable[[], Awaitable[None]], callers: int, seconds: float) -> tuple[list[float], float]:
+    """Let so many callers call for so long: seconds of each call, and of the whole."""
     times_s: list[float] = []
     begun_s = time.perf_counter()
 
@@ -57,8 +60,22 @@ async def rate(call: Callable[[], Awaitable[None]], callers: int, seconds: float
             times_s.append(time.perf_counter() - started_s)
 
     await asyncio.gather(*(caller() for _ in range(callers)))
-    elapsed_s = time.perf_counter() - begun_s
-    times_s.sort()
+    return times_s, time.perf_counter() - begun_s
+
+
+async def rates(calls: list[Callable[[], Awaitable[None]]], callers: int, seconds: float, slices: int) -> list[Rate]:
+    """Measure several sides in turns, so that what else the machine does falls on all of them alike."""
+    times_s: list[list[float]] = [[] for _ in calls]
+    elapsed_s = [0.0 for _ in calls]
+    for _ in range(slices):
+        for side, call in enumerate(calls):
+            slice_s, whole_s = await slice_times(call, callers, seconds / slices)
+            times_s[side] += slice_s
+            elapsed_s[side] += whole_s
+    return [_rate(sorted(times), elapsed) for times, elapsed in zip(times_s, elapsed_s, strict=True)]
+
+
+def _rate(times_s: list[float], elapsed_s: float) -> Rate:
     p99_s = times_s[min(len(times_s) - 1, int(0.99 * len(times_s)))]
     return Rate(len(times_s) / elapsed_s, 1e3 * statistics.median(times_s), 1e3 * p99_s)
 
@@ -91,14 +108,29 @@ async def overhead_ms(client: SandboxClient, requests: int) -> float:
     return 1e3 * statistics.median(beyond_s)
 
 
+async def beside_hostile(client: SandboxClient, seconds: float) -> list[Figure]:
+    """One honest caller alone, and beside as many endless loops as there are cores."""
+    [alone] = await rates([sandboxed(client, "print")], 1, seconds, 1)
+    loops = len(os.sched_getaffinity(0))
+    endless = ExecuteRequest(code="while True: pass", timeout_s=seconds + 2, cpu_s=60)
+    neighbours = [asyncio.create_task(client.execute(endless, deadline_s=60)) for _ in range(loops)]
+    await asyncio.sleep(1)
+    [beside] = await rates([sandboxed(client, "print")], 1, seconds, 1)
+    await asyncio.gather(*neighbours)
+    return [
+        Figure("print_c1_beside_hostile_p50_ms", beside.p50_ms, "ms", f"{alone.p50_ms:.1f} alone"),
+        Figure("print_c1_beside_hostile_p99_ms", beside.p99_ms, "ms", f"{alone.p99_ms:.1f} alone"),
+    ]
+
+
 async def measure_all(url: str, quick: bool) -> list[Figure]:
-    """All rows, both sides of a row one after the other."""
+    """All rows, the two sides of a row in turns."""
     figures = []
     async with SandboxClient(url) as client:
         for kind in SNIPPETS:
             for callers in CALLERS:
-                ours = await rate(sandboxed(client, kind), callers, SECONDS[quick])
-                theirs = await rate(lambda kind=kind: bare(kind), callers, SECONDS[quick])  # type: ignore[misc]
+                sides: list[Callable[[], Awaitable[None]]] = [sandboxed(client, kind), functools.partial(bare, kind)]
+                ours, theirs = await rates(sides, callers, SECONDS[quick], 1 if quick else SLICES[kind])
                 row = f"{kind}_c{callers}"
                 against = f"bare python -c: {theirs.per_second:.1f}/s, p50 {theirs.p50_ms:.1f} ms"
                 figures += [
@@ -107,6 +139,7 @@ async def measure_all(url: str, quick: bool) -> list[Figure]:
                     Figure(f"{row}_p50_ms", ours.p50_ms, "ms", f"{theirs.p50_ms:.1f} bare"),
                     Figure(f"{row}_p99_ms", ours.p99_ms, "ms", f"{theirs.p99_ms:.1f} bare"),
                 ]
+        figures += await beside_hostile(client, SECONDS[quick])
         figures.append(Figure("http_overhead_p50_ms", await overhead_ms(client, OVERHEAD_REQUESTS[quick]), "ms", ""))
     return figures
 

@@ -131,8 +131,12 @@ class RolloutConfig(Listening):
     """The rollout service."""
 
     port: int = Field(default=8102, ge=1, le=65535)
+    token: SecretStr | None = None
+    """Bearer token of the ``/v1`` endpoints; None: no token is asked for, on loopback only."""
     replicas: int = Field(default=1, ge=1)
-    """Engine replicas."""
+    """Engine replicas at the start; ``singlestream scale`` changes their number."""
+    max_replicas: int = Field(default=8, ge=1)
+    """Most engine replicas on this machine where the service brings its own Ray and there is no GPU."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs of one engine."""
     slots: int = Field(default=64, ge=1)
@@ -155,6 +159,8 @@ class RolloutConfig(Listening):
     """A lease whose holder sent no heartbeat for so long is claimed by another; heartbeats go at a quarter of it."""
     max_attempts: int = Field(default=3, ge=1)
     """Replicas that may start a lease before it fails."""
+    evaluation_share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Most of a replica's slots that evaluation may hold at a time; below 1 training always keeps the rest."""
     clear_cache: bool = False
     """Whether a weight update recomputes running requests' KV under the new weights."""
     sandbox_url: str = "http://127.0.0.1:8101"
@@ -166,7 +172,7 @@ class RolloutConfig(Listening):
     gpu_memory_share: float = Field(default=0.9, gt=0.0, le=1.0)
     """Share of a GPU's memory for the engine."""
     cpu_threads: int | None = Field(default=None, ge=1)
-    """OpenMP threads of one engine on CPU; None leaves vLLM's binding of threads to cores."""
+    """OpenMP threads of one engine on CPU; None: vLLM binds to cores for one replica, one thread each for several."""
     engine_start_timeout_s: float = Field(default=900.0, gt=0.0)
     """Loading the model and starting the engine may take so long."""
     engine_timeout_s: float = Field(default=120.0, gt=0.0)

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 STATE_FILE = "state.json"
+MODEL = "model."
+"""Prefix of the policy's own tensors; the others are the optimizer's moments."""
 _NAME = re.compile(r"^step-(\d{8})-([0-9a-f]+)$")
 _READ_BYTES = 1 << 20
 
@@ -81,7 +83,7 @@ def _tensors(policy: Policy) -> dict[str, torch.Tensor]:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"{MODEL}{name}"] = parameter.detach()
         tensors[f"exp_avg.{name}"] = state["exp_avg"]
         tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
     return tensors
@@ -99,6 +101,43 @@ def _crc32(path: Path) -> int:
         while block := file.read(_READ_BYTES):
             checksum = zlib.crc32(block, checksum)
     return checksum
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's ``state.json``. Raises OSError or ValueError."""
+    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+    return state
+
+
+def damage(path: Path, deep: bool = True) -> str:
+    """What is wrong with a checkpoint's files; empty where all is well.
+
+    Args:
+        path: the checkpoint's folder.
+        deep: read every byte for its checksum, not sizes alone.
+    """
+    try:
+        state = read_state(path)
+    except (OSError, ValueError) as error:
+        return f"{path.name}: {STATE_FILE} cannot be read: {error}"
+    if state.get("format") != FORMAT:
+        return f"{path.name}: format {state.get('format')!r}; this build reads {FORMAT}"
+    for name, expected in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{path.name}: {name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{path.name}: {name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        if deep and _crc32(file) != expected["crc32"]:
+            return f"{path.name}: {name} fails its checksum"
+    return ""
+
+
+def named(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest step first."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _NAME.match(path.name)), key=lambda path: path.name)
 
 
 class Checkpoints:
@@ -166,52 +205,30 @@ class Checkpoints:
         self._remove_others(kept)
         return name
 
-    def _named(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=lambda p: p.name)
-
     def _kept(self, step: int) -> list[Path]:
         """The newest checkpoints up to ``step``, newest first; those beyond it belong to no surviving lineage."""
         lineage = [
-            path for path in self._named() if step_of(path.name) <= step and self.problem(path, deep=False) == ""
+            path for path in named(self.folder) if step_of(path.name) <= step and self.problem(path, deep=False) == ""
         ]
         newest_first = sorted(lineage, key=lambda p: (step_of(p.name), p.stat().st_mtime_ns), reverse=True)
         return newest_first[: self.keep]
 
     def _remove_others(self, kept: list[Path]) -> None:
-        for path in self._named():
+        for path in named(self.folder):
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(".step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _cursor(self, path: Path) -> str:
-        return str(self._state(path)["cursor"])
-
-    def _state(self, path: Path) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-        return state
+        return str(read_state(path)["cursor"])
 
     def problem(self, path: Path, deep: bool = True) -> str:
-        """What is wrong with a checkpoint; empty where it can be loaded. ``deep`` reads every byte for its checksum."""
-        try:
-            state = self._state(path)
-        except (OSError, ValueError) as error:
-            return f"{path.name}: {STATE_FILE} cannot be read: {error}"
-        if state.get("format") != FORMAT:
-            return f"{path.name}: format {state.get('format')!r}; this build reads {FORMAT}"
-        if state.get("fingerprint") != self.fingerprint:
+        """What is wrong with a checkpoint for this run; empty where it can be loaded. See `damage`."""
+        found = damage(path, deep)
+        if not found and read_state(path).get("fingerprint") != self.fingerprint:
             return f"{path.name}: it belongs to another run or another model"
-        for name, expected in state["files"].items():
-            file = path / name
-            if not file.is_file():
-                return f"{path.name}: {name} is missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{path.name}: {name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-            if deep and _crc32(file) != expected["crc32"]:
-                return f"{path.name}: {name} fails its checksum"
-        return ""
+        return found
 
     def choose(self, pointer: str | None) -> str | None:
         """Name of the checkpoint to resume from: the one pointed to, or else the newest good one before it.
@@ -223,11 +240,11 @@ class Checkpoints:
             CheckpointError: none can be used; says what is wrong with each.
         """
         if pointer is None:
-            if ignored := [path.name for path in self._named()]:
+            if ignored := [path.name for path in named(self.folder)]:
                 log.warning("no resume pointer in redis: starting afresh, ignoring %s", ", ".join(ignored))
             return None
         last = step_of(pointer)
-        older = [path for path in self._named() if step_of(path.name) <= last and path.name != pointer]
+        older = [path for path in named(self.folder) if step_of(path.name) <= last and path.name != pointer]
         older.sort(key=lambda path: (step_of(path.name), path.stat().st_mtime_ns), reverse=True)
         problems = []
         for path in (self.folder / pointer, *older):
@@ -245,7 +262,7 @@ class Checkpoints:
         """Fill the policy's tensors, from any number of ranks, and return the rest of the state. Collective."""
         path = self.folder / name
         dcp.load(_tensors(self.policy), storage_reader=FileSystemReader(path))
-        state = self._state(path)
+        state = read_state(path)
         for _, parameter in parameters(self.policy.model):
             self.policy.optimizer.state[parameter]["step"].fill_(state["optimizer_steps"])
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))

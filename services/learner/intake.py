@@ -166,17 +166,25 @@ class StreamReader:
 
     def upcoming(self, most_tokens: int) -> list[bytes]:
         """Messages beyond the batch that have already arrived, up to ``most_tokens`` action tokens; moves no cursor."""
-        if len(self._held) < PEEK_ENTRIES and not self.assembler.ended:
-            self._read(1, PEEK_ENTRIES - len(self._held))
+        while not self.assembler.ended:
+            messages, tokens = self._ahead(most_tokens)
+            held = len(self._held)
+            if tokens >= most_tokens or held >= PEEK_ENTRIES:
+                return messages
+            self._read(1, READ_ENTRIES)
+            if len(self._held) == held:
+                return messages
+        return []
+
+    def _ahead(self, most_tokens: int) -> tuple[list[bytes], int]:
+        """What is held of the next batch, and its action tokens."""
         messages, tokens = [], 0
-        fresh = {id(one) for one in self.assembler.upcoming([held.message for held in self._held])}
+        fresh = {one.lease_id for one in self.assembler.upcoming([held.message for held in self._held])}
         for held in self._held:
-            if id(held.message) in fresh and isinstance(held.message, Trajectory):
-                if tokens >= most_tokens:
-                    break
+            if isinstance(held.message, Trajectory) and held.message.lease_id in fresh and tokens < most_tokens:
                 messages.append(held.raw)
                 tokens += held.message.action_tokens
-        return messages
+        return messages, tokens
 
 
 class Intake:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from singlestream.errors import ConfigError
 
-RECIPES = {"tiny": 1, "smollm2": 1}
+RECIPES = {"tiny": 1, "smollm2": 2}
 """Name of each model and the number of its recipe: a folder made by another number is not taken for this one."""
 
 MARKER = "recipe.json"

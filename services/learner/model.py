@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from services.learner.chunked_logprobs import logits_of, score
 from singlestream.config import LearnerConfig
 from singlestream.errors import ConfigError, WeightsError
 
@@ -31,20 +31,11 @@ ENTROPY_TOKENS = 256
 """Action tokens of a micro-batch on which the entropy is measured: it needs the whole distribution."""
 
 
-def chunk_logprobs(
-    hidden_AH: torch.Tensor, head_VH: torch.Tensor, targets_A: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """The log softmax(h·Wᵀ/temperature) at the targets, in fp32 from the logits on."""
-    logits_AV = (hidden_AH @ head_VH.t()).float() / temperature
-    chosen_A = logits_AV.gather(-1, targets_A[:, None])[:, 0]
-    return chosen_A - logits_AV.logsumexp(-1)
-
-
 def mean_entropy(hidden_AH: torch.Tensor, head_VH: torch.Tensor, temperature: float) -> torch.Tensor:
     """Mean entropy in nats over at most `ENTROPY_TOKENS` evenly spaced tokens, without gradient."""
     stride = -(-hidden_AH.shape[0] // ENTROPY_TOKENS)
     with torch.no_grad():
-        logprobs_AV = ((hidden_AH[::stride] @ head_VH.t()).float() / temperature).log_softmax(-1)
+        logprobs_AV = logits_of(hidden_AH[::stride], head_VH, temperature).log_softmax(-1)
         return -(logprobs_AV.exp() * logprobs_AV).sum(-1).mean()
 
 
@@ -83,15 +74,8 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
         output = base(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False)
         hidden_AH = output.last_hidden_state.flatten(0, 1)[before_A]
         head_VH = self.lm.get_output_embeddings().weight
-        parts = []
-        for start in range(0, len(targets_A), self.chunk_tokens):
-            rows = slice(start, start + self.chunk_tokens)
-            arguments = (hidden_AH[rows], head_VH, targets_A[rows], self.temperature)
-            if torch.is_grad_enabled() and len(targets_A) > self.chunk_tokens:
-                parts.append(checkpoint(chunk_logprobs, *arguments, use_reentrant=False))
-            else:
-                parts.append(chunk_logprobs(*arguments))
-        return torch.cat(parts), mean_entropy(hidden_AH, head_VH, self.temperature)
+        logprobs_A = score(hidden_AH, head_VH, targets_A, self.temperature, self.chunk_tokens)
+        return logprobs_A, mean_entropy(hidden_AH, head_VH, self.temperature)
 
 
 def _refuse_unsupported(config: Any) -> None:

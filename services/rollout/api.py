@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
+from services.rollout import completions
 from services.rollout.generation import EngineDead
 from singlestream.contracts import Sampling
 from singlestream.errors import ConfigError, SandboxError
@@ -35,6 +37,15 @@ class EpisodeRequest(BaseModel):
     """0 means no limit."""
 
 
+class ScaleRequest(BaseModel):
+    """How many replicas the run may have from now on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    replicas: int = Field(ge=0, le=1024)
+    """Most replicas; fewer run where the nodes have no room for more. 0 stops all, this interface with them."""
+
+
 def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
     """The application.
 
@@ -57,7 +68,7 @@ def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
         """503 and what is waited for, until the engine runs and has loaded a published policy."""
         replica = replica_of()
         if replica.waiting_for is not None:
-            raise HTTPException(503, {"waiting_for": replica.waiting_for})
+            raise HTTPException(503, replica.waiting_for)
         return {"status": "ready", "replica": replica.name, **replica.worker.report()}
 
     @app.get("/metrics")
@@ -65,7 +76,28 @@ def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
         """Prometheus metrics of this replica."""
         return Response(generate_latest(replica_of().metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.post("/v1/episodes")
+    app.include_router(_guarded(replica_of))
+    return app
+
+
+def _guarded(replica_of: Callable[[], Replica]) -> APIRouter:
+    """What needs the token where there is one."""
+
+    async def authorize(request: Request) -> None:
+        token = replica_of().config.rollout.token
+        told = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token is not None and not secrets.compare_digest(told, token.get_secret_value()):
+            raise HTTPException(401, "Authorization: Bearer <rollout.token> is needed")
+
+    guarded = APIRouter(dependencies=[Depends(authorize)])
+
+    @guarded.put("/v1/scale")
+    async def scale(request: ScaleRequest) -> dict[str, Any]:
+        """Set how many replicas the run may have; new ones take a minute, surplus ones hand their episodes over."""
+        await replica_of().set_cap(request.replicas)
+        return {"replicas": request.replicas}
+
+    @guarded.post("/v1/episodes")
     async def episodes(request: EpisodeRequest) -> dict[str, Any]:
         """Run one episode and return its whole trace."""
         sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
@@ -78,4 +110,5 @@ def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
         except EngineDead as error:
             raise HTTPException(503, str(error)) from error
 
-    return app
+    guarded.include_router(completions.router(replica_of))
+    return guarded

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from services.rollout.generation import (
     EngineDead,
     Generation,
     GenerationRequest,
+    Part,
     VersionSpan,
     parse_label,
     version_label,
 )
 from services.rollout.process_env import has_gpu
 from singlestream.config import Config
+from singlestream.contracts import Sampling
 from singlestream.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -110,10 +114,12 @@ class VllmEngine:
 
         started = time.monotonic()
         arguments = engine_arguments(self.config, replica_seed(self.config.run.seed, self.replica))
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        async with _deadline("the engine's workers", self.config.rollout.engine_start_timeout_s):
-            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-            await self._llm.update_weight_version(version_label(*MODEL_FOLDER))
+        async with _deadline("the engine to start", self.config.rollout.engine_start_timeout_s):
+            # in a thread: it blocks until the engine is up, and signals and health checks must not wait
+            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
+            self._llm = llm
+            await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            await llm.update_weight_version(version_label(*MODEL_FOLDER))
         self._open.set()
         log.info("engine of replica %s started in %.1f s", self.replica, time.monotonic() - started)
 
@@ -141,6 +147,36 @@ class VllmEngine:
         self._gated[request_id] = False
         await self._open.wait()
         return self._gated.pop(request_id)
+
+    async def stream(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        stop: tuple[str, ...],
+    ) -> AsyncIterator[Part]:
+        """Sample for the HTTP interface, part by part. Ending the iteration early aborts. Raises `EngineDead`."""
+        from vllm import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        await self._open.wait()
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+        params = self._sampling(GenerationRequest(prompt_ids, sampling, max_tokens, stop))
+        params.output_kind = RequestOutputKind.DELTA
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids, cache_salt=version_label(*self.held))
+        try:
+            async for output in self.llm.generate(prompt, params, request_id):
+                one = output.outputs[0]
+                tokens = list(one.token_ids)
+                logprobs = [step[token].logprob for step, token in zip(one.logprobs or [], tokens, strict=True)]
+                yield Part(tokens, logprobs, one.finish_reason)
+        except EngineDeadError as error:
+            raise EngineDead(f"replica {self.replica}: the engine died: {error}") from error
 
     async def abort(self, request_id: str) -> None:
         """End a running `generate`, which then returns what it has."""
@@ -238,6 +274,7 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.shutdown(timeout=CLOSE_S)
             self._llm = None
+            gc.collect()  # its destructor fails when it is left to the interpreter's end
 
 
 def _generation(output: CompletionOutput) -> Generation:

@@ -57,6 +57,21 @@ class Generation:
     finish: Literal["stop", "length", "aborted"]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What was sampled since the last part of a streamed answer.
+
+    Args:
+        token_ids: new tokens.
+        logprobs: their natural log-probabilities.
+        finish: ``stop`` or ``length`` on the last part, None before.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: str | None
+
+
 class Engine(Protocol):
     """What an episode needs of an engine."""
 

@@ -6,8 +6,10 @@ strings, so that ``1/2`` is not ``\frac{1}{2}`` and ``023`` is not ``23``.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from singlestream.errors import ConfigError
@@ -34,7 +36,9 @@ class Response:
     last_turn: str
 
 
-Grader = Callable[[Response], float]
+Grader = Callable[[Response], float | Awaitable[float]]
+GRADER_TIMEOUT_S = 60.0
+"""A grader that takes longer fails its trajectory."""
 
 
 def last_boxed(text: str) -> str | None:
@@ -73,21 +77,68 @@ def boxed_strict(response: Response) -> float:
     return float(boxed_matches(response.text, response.answer))
 
 
-GRADERS: dict[str, Grader] = {"boxed": boxed, "boxed_strict": boxed_strict}
+def exact(response: Response) -> float:
+    """1 if the model's last turn is the answer and nothing else, but for white space around it."""
+    return float(response.last_turn.strip() == response.answer)
+
+
+async def math_verify(response: Response) -> float:
+    """1 if the boxed answer of the last turn is mathematically equal to the truth (`math_pool`).
+
+    One that cannot be compared within its deadline is not.
+    """
+    from services.rollout.math_pool import shared_pool
+
+    answer = last_boxed(response.last_turn)
+    return float(answer is not None and await shared_pool().equal(response.answer, answer))
+
+
+GRADERS: dict[str, Grader] = {
+    "boxed": boxed,
+    "boxed_strict": boxed_strict,
+    "exact": exact,
+    "math_verify": math_verify,
+}
+
+
+async def apply_grader(grader: Grader, response: Response) -> float:
+    """Call a grader without holding up the event loop.
+
+    The rules of this module take microseconds and are called at once; a user's function gets a thread, unless it is
+    asynchronous.
+
+    Raises:
+        TimeoutError: it took longer than `GRADER_TIMEOUT_S`.
+        Exception: whatever the grader raises.
+    """
+    async with asyncio.timeout(GRADER_TIMEOUT_S):
+        if grader in GRADERS.values() or inspect.iscoroutinefunction(grader):
+            reward = grader(response)
+        else:
+            reward = await asyncio.to_thread(grader, response)
+        return float(await reward if inspect.isawaitable(reward) else reward)
 
 
 def load_grader(name: str) -> Grader:
     """A grader by its name in `GRADERS`, or by dotted path ``package.module:function``.
+
+    A path with ``verl:`` or ``trl:`` before it names a reward function of those stacks (`adapters`).
 
     Raises:
         ConfigError: there is no such grader.
     """
     if name in GRADERS:
         return GRADERS[name]
-    module, _, function = name.partition(":")
+    kind, _, path = name.partition(":")
+    kind, path = (kind, path) if kind in ("verl", "trl") else ("", name)
+    module, _, function = path.partition(":")
     try:
         grader: Grader = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         known = ", ".join(GRADERS)
         raise ConfigError(f"grader {name!r}: not one of {known}, and no package.module:function: {error}") from error
+    if kind:
+        from services.rollout.adapters import adapt
+
+        return adapt(kind, grader)
     return grader

@@ -31,6 +31,8 @@ def engine_variables(config: Config) -> dict[str, str]:
     }
     if not has_gpu():
         threads = config.rollout.cpu_threads
+        if threads is None and config.rollout.replicas > 1:
+            threads = 1  # several engines would bind their threads to the same cores
         variables |= {
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.rollout.kv_cache_gib))),

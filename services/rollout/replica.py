@@ -133,6 +133,10 @@ class Replica:
         await self._probe.aclose()
         await self.redis.aclose()
 
+    async def set_cap(self, replicas: int) -> None:
+        """Tell `scaling.FillNodes` how many replicas the run may have."""
+        await self.redis.set(self.worker.consumer.keys.rollout_cap, replicas)
+
     @property
     def waiting_for(self) -> str | None:
         """What is missing before the replica is ready; None if nothing is."""
@@ -181,7 +185,7 @@ class Replica:
         assert isinstance(finished, Finished)  # noqa: S101  nothing interrupts it
         return {
             "replica": self.name,
-            "reward": chosen.grade(finished.response),
+            "reward": await chosen.grade(finished.response),
             "end_reason": finished.end_reason,
             "turns": finished.turns,
             "tool_calls": [call.model_dump() for call in finished.tool_calls],

@@ -22,6 +22,7 @@ from ray import serve
 from services.rollout.api import create_app
 from services.rollout.process_env import apply_engine_variables, has_gpu
 from singlestream.config import Config
+from singlestream.streams import Keys
 from singlestream.telemetry import setup_logging
 
 log = logging.getLogger(__name__)
@@ -102,10 +103,12 @@ def application(config: Config) -> Any:
         }
     )
     settings = {"run": resolved.model_dump(mode="json"), "rollout": rollout.model_dump(mode="json")}
+    if rollout.token is not None:
+        settings["rollout"]["token"] = rollout.token.get_secret_value()
     deployment = RolloutDeployment.options(  # type: ignore[attr-defined]
         name="replica",
-        num_replicas=rollout.replicas,
         ray_actor_options=options,
+        **_replica_count(config, by_slots="resources" in options),
         max_ongoing_requests=2 * rollout.slots,
         health_check_period_s=5.0,
         health_check_timeout_s=rollout.engine_timeout_s + 10.0,
@@ -113,6 +116,31 @@ def application(config: Config) -> Any:
         graceful_shutdown_timeout_s=3 * rollout.stop_timeout_s,
     )
     return deployment.bind(settings, os.environ.get("OMP_NUM_THREADS"))
+
+
+def _replica_count(config: Config, by_slots: bool) -> dict[str, Any]:
+    """Options for a number of replicas that follows the nodes' slots, or for a fixed one where nodes name no slots."""
+    rollout = config.rollout
+    if not by_slots:
+        return {"num_replicas": rollout.replicas}
+    policy = {
+        "resource": SLOT_RESOURCE,
+        "redis_url": config.run.redis_url,
+        "cap_key": Keys(config.run.name).rollout_cap,
+        "default_cap": rollout.replicas if rollout.ray_address is None else None,
+        "initial": rollout.replicas,
+    }
+    return {
+        "autoscaling_config": {
+            "min_replicas": 0,
+            "initial_replicas": rollout.replicas,
+            "max_replicas": 1024,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": 5.0,
+            "metrics_interval_s": 5.0,
+            "policy": {"policy_function": "services.rollout.scaling:FillNodes", "policy_kwargs": policy},
+        }
+    }
 
 
 def start_ray(config: Config) -> None:
@@ -128,13 +156,21 @@ def start_ray(config: Config) -> None:
     ray.init(
         address="local",
         num_cpus=max(4, os.cpu_count() or 1),
+        resources={SLOT_RESOURCE: _local_slots(config)},
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=tempfile.mkdtemp(prefix="ss-ray-"),  # short: Ray's sockets lie in it
         logging_level=logging.WARNING,
     )
-    if has_gpu():
-        log.info("Ray sees %s GPUs", ray.cluster_resources().get("GPU", 0))
+
+
+def _local_slots(config: Config) -> int:
+    """Replicas that fit on this machine: by its GPUs, or as many as the settings allow."""
+    if not has_gpu():
+        return max(config.rollout.max_replicas, config.rollout.replicas)
+    import torch
+
+    return int(torch.cuda.device_count()) // config.rollout.tensor_parallel
 
 
 class _Stop(BaseException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 
 import uvicorn
@@ -42,8 +43,14 @@ async def _serve(config: Config) -> int:
     http = asyncio.create_task(server.serve(), name="http")
     code = 0
     try:
-        await replica.start()
         stop = asyncio.create_task(stopping.wait())
+        start = asyncio.create_task(replica.start())
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():
+            # no lease has been taken, and a starting engine cannot be interrupted: its processes end with this one
+            log.info("stopped while the engine was starting")
+            os._exit(0)
+        start.result()
         work = asyncio.create_task(replica.wait())
         await asyncio.wait({stop, work, http}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()

@@ -10,51 +10,29 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from redis.exceptions import ResponseError
 
-from services.rollout.environments import Environment
-from services.rollout.episode import Episode, Finished, NothingSampled, PromptTooLong, ToolRunner
+from services.rollout.episode import ToolRunner
 from services.rollout.generation import Engine, EngineDead
-from services.rollout.graders import Response
+from services.rollout.lease_run import EnvironmentOf, LeaseRunner, Running
 from services.rollout.metrics import Metrics
 from services.rollout.weights import WeightKeeper
 from singlestream.config import RolloutConfig
-from singlestream.contracts import FailReason, Lease, Progress, Purpose, Trajectory
-from singlestream.errors import DeadlineExceeded, SandboxError
-from singlestream.streams import LOST, Held, LeaseConsumer, persist
+from singlestream.contracts import Purpose
+from singlestream.streams import LOST, Held, LeaseConsumer
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 TAKE_BLOCK_MS = 500
+POLL_S = 0.05
 REPORT_S = 2.0
-EMIT_DEADLINE_S = 600.0
-"""A finished trajectory waits so long for Redis to come back."""
 PROBE_S = 1.0
 """After a fault of the sandbox no lease is taken until the gateway is healthy again; it is asked this often."""
-
-EnvironmentOf = Callable[[str], Environment]
-GradeOf = Callable[[Environment, Response], Awaitable[float]]
-
-
-class BadReward(Exception):
-    """A grader returned something outside [0, 1]."""
-
-
-@dataclass
-class Running:
-    """An episode in a slot."""
-
-    held: Held
-    interrupt: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    lost: bool = False
 
 
 class RolloutWorker:
@@ -84,15 +62,24 @@ class RolloutWorker:
         settings: RolloutConfig,
         metrics: Metrics,
     ) -> None:
-        self.name, self.consumer, self.engine, self.weights = name, consumer, engine, weights
-        self.environment_of, self.tools_of, self.settings, self.metrics = environment_of, tools_of, settings, metrics
+        self.name, self.consumer, self.weights = name, consumer, weights
+        self.settings, self.metrics = settings, metrics
         self.running: dict[str, Running] = {}
         self._stop = asyncio.Event()
         self._slot_free = asyncio.Event()
         self._dead: EngineDead | None = None
-        self.tools_healthy = tools_healthy
-        self._tools_down = False
-        self._turn = 0
+        self.runner = LeaseRunner(
+            name,
+            consumer,
+            engine,
+            weights,
+            environment_of,
+            tools_of,
+            tools_healthy,
+            settings,
+            metrics,
+            self._stop,
+        )
 
     async def run(self) -> None:
         """Work until `stop`; then hand the unfinished episodes over and return.
@@ -143,46 +130,60 @@ class RolloutWorker:
     # taking
 
     async def _take_loop(self) -> None:
-        await self._persist(self.consumer.join, "joining the consumer group")
+        await self.runner.persist(self.consumer.join, "joining the consumer group")
         while not self._stop.is_set():
             free = self.settings.slots - len(self.running)
             if free <= 0:
                 await self._nap(0.25)
                 continue
-            if self._tools_down and not await self._tools_are_back():
+            if self.runner.tools_down and not await self.runner.tools_are_back():
                 await self._nap(PROBE_S)
                 continue
-            purposes, count = self._next_purposes(free)
             try:
-                for held in await self.consumer.take(purposes, count, TAKE_BLOCK_MS):
-                    self._start(held)
+                await self._take(free)
             except LOST as error:
                 self.metrics.redis_retries.labels("take").inc()
                 log.warning("Redis is away (%s); taking leases again when it is back", error)
-                await self._persist(self.consumer.redis.ping, "taking leases")
+                await self.runner.persist(self.consumer.redis.ping, "taking leases")
             except ResponseError as error:
                 if "NOGROUP" not in str(error):
                     raise
-                await self._persist(self.consumer.join, "joining the consumer group again")
+                await self.runner.persist(self.consumer.join, "joining the consumer group again")
 
-    async def _tools_are_back(self) -> bool:
-        if await self.tools_healthy():
-            self._tools_down = False
-            log.info("the sandbox gateway is healthy: taking leases again")
-        return not self._tools_down
+    async def _take(self, free: int) -> None:
+        """Take what there is for the free slots, never more.
 
-    def _next_purposes(self, free: int) -> tuple[Sequence[Purpose], int]:
-        """From which streams to take, and how many of each, so that never more is taken than there are slots.
+        A read of several streams takes up to its count of each. With fewer slots than streams each is looked at
+        in turn, and none is waited for, lest a lease waits in another.
+        """
+        rooms = self._rooms(free)
+        if free >= len(rooms):
+            count = min(free // len(rooms), *rooms.values())
+            for held in await self.consumer.take(list(rooms), count, TAKE_BLOCK_MS):
+                self._start(held)
+            return
+        before = free
+        for purpose, room in rooms.items():
+            if free:
+                for held in await self.consumer.take([purpose], min(free, room), 1):
+                    self._start(held)
+                    free -= 1
+        if free == before:
+            await self._nap(POLL_S)
+
+    def _rooms(self, free: int) -> dict[Purpose, int]:
+        """Leases of each purpose that may be taken now; purposes without room are left out.
 
         Training waits for a published policy; estimation and evaluation may run on the model folder's weights.
+        Evaluation gets at most its share.
         """
-        wanted: list[Purpose] = (
-            ["estimate", "evaluate"] if not self.weights.published else ["train", "estimate", "evaluate"]
-        )
-        if free >= len(wanted):
-            return wanted, free // len(wanted)
-        self._turn += 1
-        return [wanted[self._turn % len(wanted)]], free
+        rooms: dict[Purpose, int] = {"train": free} if self.weights.published else {}
+        rooms["estimate"] = free
+        evaluating = sum(running.held.lease.purpose == "evaluate" for running in self.running.values())
+        share = math.ceil(self.settings.evaluation_share * self.settings.slots) - evaluating
+        if share > 0:
+            rooms["evaluate"] = share
+        return rooms
 
     async def _nap(self, seconds: float) -> None:
         """Wait for a free slot, the stop, or the time."""
@@ -201,107 +202,21 @@ class RolloutWorker:
         running.task = asyncio.create_task(self._serve(running), name=held.lease.lease_id)
         running.task.add_done_callback(_log_unended)
 
-    # one lease
-
     async def _serve(self, running: Running) -> None:
-        """Run one lease to its end, whatever that is."""
-        lease = running.held.lease
+        """Give one lease its slot."""
+        number = running.held.lease.lease_id
         try:
-            await self._run_lease(running)
+            await self.runner.run(running)
         except EngineDead as error:
-            log.error("lease %s: %s", lease.lease_id, error)
             self._dead = self._dead or error
-            self._stop.set()
-            await self._put_back(running, running.held.lease.progress, "engine", count_attempt=True)
         except asyncio.CancelledError:
             if not running.lost:
                 raise
-        except DeadlineExceeded as error:
-            log.error("lease %s: %s", lease.lease_id, error)
-            await self._put_back(running, lease.progress, "deadline", count_attempt=True)
-        except Exception:  # the boundary of one lease: whatever else goes wrong is that lease's end
-            log.exception("lease %s failed", lease.lease_id)
-            await self._fail(running, "malformed", traceback.format_exc())
         finally:
-            if self.running.get(lease.lease_id) is running:
-                del self.running[lease.lease_id]
+            if self.running.get(number) is running:
+                del self.running[number]
             self.metrics.in_use.set(len(self.running))
             self._slot_free.set()
-
-    async def _run_lease(self, running: Running) -> None:
-        lease = running.held.lease
-        try:
-            environment = self.environment_of(lease.environment)
-        except Exception as error:  # an unknown name, or a user's module that does not import
-            await self._fail(running, "malformed", f"environment {lease.environment!r}: {error!r}")
-            return
-        if lease.attempts and environment.stop and not await self.tools_healthy():
-            # one outage must not use up a lease's attempts, one replica after the other
-            self._tools_down = True
-            await self._put_back(running, lease.progress, "tool", count_attempt=False)
-            return
-        if not await _unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):
-            await self._put_back(running, lease.progress, "stop", count_attempt=False)
-            return
-        episode = Episode(lease, environment, self.engine, self.tools_of(), self.settings, self.name, running.interrupt)
-        try:
-            outcome = await episode.run()
-        except SandboxError as error:
-            await self._tool_unavailable(running, episode.progress, error)
-        except EngineDead:
-            running.held = Held(lease.model_copy(update={"progress": episode.progress}), running.held.entry)
-            raise
-        except PromptTooLong as error:
-            await self._fail(running, "malformed", str(error))
-        except NothingSampled as error:
-            log.warning("lease %s: %s", lease.lease_id, error)
-            await self._put_back(running, None, "deadline", count_attempt=True)
-        else:
-            if isinstance(outcome, Progress):
-                await self._put_back(running, outcome, "stop", count_attempt=False)
-            else:
-                await self._grade(running, environment, outcome)
-
-    async def _grade(self, running: Running, environment: Environment, finished: Finished) -> None:
-        try:
-            reward = float(environment.grade(finished.response))
-            if not 0.0 <= reward <= 1.0:
-                raise BadReward(f"{environment.name} returned {reward}; a reward is finite and in [0, 1]")
-        except Exception:  # a grader is the user's code: its fault is this trajectory's, and no one else's
-            await self._fail(running, "grader_error", traceback.format_exc())
-            return
-        trajectory = make_trajectory(running.held.lease, finished, reward)
-        emitted = await self._persist(lambda: self.consumer.emit(running.held, trajectory), "emitting a trajectory")
-        if emitted:
-            self.metrics.observe(running.held.lease.purpose, trajectory)
-
-    async def _tool_unavailable(self, running: Running, progress: Progress, error: SandboxError) -> None:
-        """No fault of the sandbox becomes evidence: the lease goes back, and after its last attempt it fails."""
-        self._tools_down = True
-        attempts = running.held.lease.attempts + 1
-        log.warning("lease %s: the sandbox failed (attempt %d): %s", running.held.lease.lease_id, attempts, error)
-        if attempts >= self.settings.max_attempts:
-            await self._fail(running, "tool_unavailable", f"{attempts} attempts; the last: {error!r}")
-        else:
-            await self._put_back(running, progress, "tool", count_attempt=True)
-
-    async def _put_back(self, running: Running, progress: Progress | None, cause: str, count_attempt: bool) -> None:
-        held = running.held
-        if count_attempt and held.lease.attempts + 1 >= self.settings.max_attempts:
-            await self._fail(running, "attempts", f"attempt {held.lease.attempts + 1}: put back because of: {cause}")
-            return
-        if progress is not None and len(progress.segments) < 2:
-            progress = None
-        moved = await self._persist(
-            lambda: self.consumer.hand_over(held, progress, count_attempt), "handing a lease over"
-        )
-        if moved:
-            self.metrics.handed_over.labels(cause).inc()
-
-    async def _fail(self, running: Running, reason: FailReason, detail: str) -> None:
-        log.error("lease %s ends as %s: %s", running.held.lease.lease_id, reason, detail.strip().splitlines()[-1])
-        if await self._persist(lambda: self.consumer.fail(running.held, reason, detail), "failing a lease"):
-            self.metrics.failed.labels(reason).inc()
 
     # the loops beside
 
@@ -378,48 +293,8 @@ class RolloutWorker:
         with contextlib.suppress(*LOST):
             await self.consumer.redis.hdel(self.consumer.keys.replicas, self.name)
 
-    async def _persist(self, call: Callable[[], Awaitable[T]], what: str) -> T:
-        deadline_s = self.settings.stop_timeout_s if self._stop.is_set() else EMIT_DEADLINE_S
-        return await persist(call, what, deadline_s, lambda _: self.metrics.redis_retries.labels("write").inc())
-
-
-async def _unless(interrupt: asyncio.Event, wait: Coroutine[Any, Any, None]) -> bool:
-    """Wait, but no longer than until ``interrupt`` is set; False if it was. Passes the wait's error on."""
-    tasks = [asyncio.create_task(wait), asyncio.create_task(_wait_for(interrupt))]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            await tasks[0]
-            return True
-        return False
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _wait_for(event: asyncio.Event) -> None:
-    await event.wait()
-
 
 def _log_unended(task: asyncio.Task[None]) -> None:
     """A lease that could not even be put back stays with Redis; another replica claims it after the lease time-out."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("lease %s could not be ended: %s", task.get_name(), error)
-
-
-def make_trajectory(lease: Lease, finished: Finished, reward: float) -> Trajectory:
-    """The message that ends a lease."""
-    return Trajectory(
-        lease_id=lease.lease_id,
-        prompt_id=lease.prompt_id,
-        job=lease.job,
-        segments=finished.segments,
-        reward=reward,
-        v_hat=lease.v_hat,
-        end_reason=finished.end_reason,
-        turns=finished.turns,
-        tool_calls=finished.tool_calls,
-        attempts=lease.attempts + 1,
-        started_at_s=finished.started_at_s,
-        finished_at_s=time.time(),
-    )

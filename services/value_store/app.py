@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,12 +13,12 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import SecretStr
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from services.value_store import routes_exchange, routes_jobs, routes_prompts, routes_run
+from services.value_store import routes_exchange, routes_jobs, routes_page, routes_prompts, routes_run
 from services.value_store.bounds import Bounds
 from services.value_store.problems import problem, problem_docs
 from services.value_store.prompts import Refused
+from services.value_store.schemas import Problem
 from services.value_store.store import NotReady, Store
 from singlestream.config import LOOPBACK, ValueStoreConfig
 from singlestream.errors import ConfigError, Fenced
@@ -38,10 +38,13 @@ def check_exposure(settings: ValueStoreConfig) -> None:
         )
 
 
-def require(*tokens: SecretStr | None) -> Callable[..., None]:
-    """A dependency that lets pass who shows one of the tokens; where the first is None, anyone."""
+def require(*tokens: SecretStr | None) -> Callable[..., Awaitable[None]]:
+    """A dependency that lets pass who shows one of the tokens; where the first is None, anyone.
 
-    def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+    Asynchronous, like every dependency here: a plain function would cost each request a hop to a thread.
+    """
+
+    async def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         if tokens[0] is None:
             return
         shown = credentials.credentials.encode() if credentials else b""
@@ -59,6 +62,7 @@ def make_app(store: Store, settings: ValueStoreConfig) -> FastAPI:
         title="Singlestream value store",
         version="1",
         summary="Posteriors of prompts, the leases drawn from them, and the run's state.",
+        generate_unique_id_function=lambda route: route.name,
         responses=problem_docs(400, 401, 403, 413, 422, 429, 503),
         openapi_url="/v1/openapi.json",
         docs_url=None,
@@ -71,14 +75,31 @@ def make_app(store: Store, settings: ValueStoreConfig) -> FastAPI:
     for module in (routes_prompts, routes_jobs, routes_run, routes_exchange):
         app.include_router(module.reads, dependencies=reading)
         app.include_router(module.writes, dependencies=writing)
+    app.include_router(routes_page.reads, dependencies=reading)
+    app.include_router(routes_page.page)
+    app.mount("/page", routes_page.static, name="page")
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     _handle_errors(app)
-    app.add_middleware(Bounds, max_body_bytes=settings.max_request_bytes, requests_per_s=settings.max_requests_per_s)
-    if settings.write_token is None and settings.host in LOOPBACK:
-        # Without a token, a web page that points its own name at 127.0.0.1 must not get through.
-        app.add_middleware(
-            TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1", "testserver"]
-        )
+    # Without a token, a web page that points a name of its own at 127.0.0.1 must not get through.
+    open_to_loopback = settings.write_token is None and settings.host in LOOPBACK
+    app.add_middleware(
+        Bounds,
+        max_body_bytes=settings.max_request_bytes,
+        requests_per_s=settings.max_requests_per_s,
+        hosts=LOOPBACK if open_to_loopback else None,
+    )
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, with the schema of errors that every answer shares."""
+    if not app.openapi_schema:
+        document = FastAPI.openapi(app)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas["Problem"] = Problem.model_json_schema()
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+    return app.openapi_schema or {}
 
 
 def _handle_errors(app: FastAPI) -> None:

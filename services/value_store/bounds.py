@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,22 +47,27 @@ class RateLimit:
 
 
 class Bounds:
-    """ASGI middleware: 429 beyond the rate, 413 beyond the body's size.
+    """ASGI middleware: 400 under a foreign name, 429 beyond the rate, 413 beyond the body's size.
 
     Args:
         app: the application inside.
         max_body_bytes: largest body.
         requests_per_s: of one client address; twice as many may come at once.
+        hosts: names under which the service answers; None answers under any.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, requests_per_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, requests_per_s: float, hosts: Collection[str] | None) -> None:
         self.app, self.max_body_bytes, self.requests_per_s = app, max_body_bytes, requests_per_s
+        self.hosts = hosts
         self.rate = RateLimit(requests_per_s, 2 * requests_per_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on with a body that is counted as it is read."""
         if scope["type"] != "http" or scope["path"] in NOT_COUNTED:
             await self.app(scope, receive, send)
+            return
+        if self.hosts is not None and _host(scope) not in self.hosts:
+            await problem(400, "without a token this service answers under a loopback name only")(scope, receive, send)
             return
         client = scope["client"][0] if scope.get("client") else ""
         wait_s = self.rate.take(client, time.monotonic())
@@ -88,3 +95,11 @@ class Bounds:
             return message
 
         await self.app(scope, counted, send)
+
+
+def _host(scope: Scope) -> str | None:
+    text = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    try:
+        return urlsplit(f"//{text}").hostname
+    except ValueError:
+        return None

@@ -53,6 +53,8 @@ class Batch:
         calibration: the new sums; None leaves them.
         entries: stream entries that it covers.
         rho: [P] ρ of the updates, for metrics.
+        rewards: [P] their rewards.
+        staleness: [P] policy versions published since each trajectory's last one, ≥ 0.
     """
 
     change: Change
@@ -61,6 +63,8 @@ class Batch:
     calibration: Calibration | None = None
     entries: int = 0
     rho: Floats = field(default_factory=lambda: np.empty(0))
+    rewards: Floats = field(default_factory=lambda: np.empty(0))
+    staleness: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def apply(self, memory: Memory) -> None:
         """Bring memory to where Redis now is."""
@@ -199,7 +203,9 @@ def _revise(batch: Batch, evidence: _Evidence, memory: Memory, retention: Retent
     rho = retention.rho(z, z_last, version, version_last, np.array(evidence.kl))
     before = posterior.v_hat(table.alpha[rows], table.beta[rows])
     alpha, beta = posterior.update(table.alpha[rows], table.beta[rows], rho, reward)
-    batch.rows, batch.rho = rows, rho
+    batch.rows, batch.rho, batch.rewards = rows, rho, reward
+    newest = memory.newest.version if memory.newest else 0
+    batch.staleness = np.maximum(0, newest - version)
     batch.columns = {
         "alpha": alpha,
         "beta": beta,

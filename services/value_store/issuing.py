@@ -22,6 +22,9 @@ from singlestream.config import ValueStoreConfig
 ALIVE_S = 10.0
 """A replica that has not reported for so long is not counted; it reports every 2 s."""
 
+FORGOTTEN_S = 3600.0
+"""After so long a replica's last report is not shown any more."""
+
 MIN_BACKLOG = 8
 """Unread leases kept at least while a replica lives, so that a fast one never finds the stream empty."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,6 +16,7 @@ from services.value_store import issuing
 from services.value_store.evidence import Entry
 from services.value_store.store import NotReady, Store
 from singlestream.streams.connection import LOST
+from singlestream.streams.keys import GROUP
 from singlestream.streams.ledger import PURPOSES
 
 log = logging.getLogger(__name__)
@@ -105,8 +107,14 @@ async def issue_leases(store: Store) -> None:
 
 
 async def check_redis(store: Store) -> None:
-    """Notice a restart of Redis, and memory that runs out."""
-    info = await store.redis.info()
+    """Notice a restart of Redis, and memory that runs out; read what the page shows of the others."""
+    keys, recent = store.keys, store.recent
+    async with store.redis.pipeline(transaction=False) as pipe:
+        pipe.info()
+        pipe.get(keys.learner)
+        for stream in (keys.trajectories, keys.posterior_updates, keys.scored, keys.dead_letters):
+            pipe.xlen(stream)
+        info, heartbeat, *lengths = await pipe.execute()
     if str(info["run_id"]) != store.memory.redis_run_id:
         store.doubt(ConnectionError("Redis has restarted"))
         return
@@ -115,6 +123,20 @@ async def check_redis(store: Store) -> None:
     if full and not store.memory_full:
         log.warning("leasing stops: Redis uses %d of %d bytes", info["used_memory"], limit)
     store.memory_full = full
+    queues = recent.queues
+    queues.trajectories, queues.posterior_updates, queues.results, queues.dead_letters = lengths
+    queues.read_at_s = time.time()
+    recent.learner = parse_heartbeat(heartbeat)
+    recent.snapshot(time.time(), store.memory.table.v_hat)
+
+
+def parse_heartbeat(text: bytes | None) -> dict[str, object] | None:
+    """The learner's heartbeat, or None where there is none that can be read."""
+    try:
+        found = json.loads(text) if text else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 async def _wanted(store: Store) -> int:
@@ -123,11 +145,12 @@ async def _wanted(store: Store) -> int:
         pipe.hgetall(keys.replicas)
         for purpose in PURPOSES:
             pipe.xlen(keys.leases(purpose))
-            pipe.execute_command("XPENDING", keys.leases(purpose), "rollout")
+            pipe.execute_command("XPENDING", keys.leases(purpose), GROUP)
         raw, *lengths = await pipe.execute()
-    store.replicas = issuing.parse_replicas(raw)
     now_s = time.time()
+    store.replicas = [one for one in issuing.parse_replicas(raw) if now_s - one.at_s < issuing.FORGOTTEN_S]
     slots = sum(replica.slots for replica in store.replicas if replica.alive(now_s))
     held = sum(pending["pending"] if isinstance(pending, dict) else pending[0] for pending in lengths[1::2])
     unread = max(0, sum(lengths[0::2]) - held)
+    store.recent.queues.held_leases, store.recent.queues.unread_leases = held, unread
     return issuing.demand(slots, held, unread)

@@ -170,6 +170,8 @@ async def load_memory(streams: ValueStoreStreams, config: Config) -> Memory:
     await _load_ledger(memory, redis, streams)
     state, calibration = await redis.mget(keys.state, keys.calibration)
     memory.state = state.decode() if state else config.value_store.training
+    if memory.state == "finished" and not memory.admission.finished:
+        memory.state = "paused"  # total_steps was raised since
     memory.calibration = Calibration(calibration)
     cursors = await redis.hgetall(keys.cursors)
     memory.cursors = {stream.decode(): entry.decode() for stream, entry in cursors.items()}

@@ -34,10 +34,24 @@ class _Collector:
             return
         yield from _leases(memory)
         yield from _posterior(store, memory)
+        yield from _recent(store)
         now_s = time.time()
         alive = [replica for replica in store.replicas if replica.alive(now_s)]
         yield GaugeMetricFamily(f"{_PREFIX}_replicas", "Replicas that reported within 10 s.", len(alive))
         yield GaugeMetricFamily(f"{_PREFIX}_slots", "Slots of the living replicas.", sum(r.slots for r in alive))
+
+
+def _recent(store: Store) -> Iterable[Metric]:
+    recent = store.recent
+    lag = GaugeMetricFamily(f"{_PREFIX}_stream_entries", "Entries of each stream, a second ago.", labels=["stream"])
+    for name in ("trajectories", "posterior_updates", "results", "dead_letters", "unread_leases", "held_leases"):
+        lag.add_metric([name], getattr(recent.queues, name))
+    yield lag
+    if recent.rewards:
+        mean = sum(recent.rewards) / len(recent.rewards)
+        yield GaugeMetricFamily(f"{_PREFIX}_reward_mean", "Mean reward of the last 1,024 trajectories counted.", mean)
+        stale = sum(recent.staleness) / len(recent.staleness)
+        yield GaugeMetricFamily(f"{_PREFIX}_staleness_mean_versions", "Mean staleness of the same.", stale)
 
 
 def _leases(memory: Memory) -> Iterable[Metric]:
@@ -69,7 +83,7 @@ def _posterior(store: Store, memory: Memory) -> Iterable[Metric]:
         yield GaugeMetricFamily(f"{_PREFIX}_drift_step_nats", "Its mean |Δ log p|.", memory.newest.drift)
     if memory.calibration.brier is not None:
         yield GaugeMetricFamily(f"{_PREFIX}_brier", "Mean of (reward − v̂ at the lease)².", memory.calibration.brier)
-    if len(rho := store.rho_recent):
+    if len(rho := store.recent.rho):
         settings = store.config.value_store
         clipped = np.mean((rho <= settings.rho_min) | (rho >= settings.rho_max))
         yield GaugeMetricFamily(f"{_PREFIX}_rho_mean", "Mean ρ of the last batch of updates.", float(rho.mean()))

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Literal
 
 import msgpack
 import numpy as np
@@ -18,9 +18,10 @@ from starlette.exceptions import HTTPException
 from services.value_store import exchange, views
 from services.value_store.exchange import ROWS_AT_A_TIME, BadImport
 from services.value_store.jobs import Job
+from services.value_store.problems import problem_docs
 from services.value_store.prompts import Prompt, prior_of
 from services.value_store.routes_prompts import StoreDep
-from services.value_store.schemas import Imported, ImportedPrompt, Problem, PromptOut
+from services.value_store.schemas import Imported, ImportedPrompt, PromptOut
 from services.value_store.store import Store
 from singlestream.streams.ledger import prompt_id
 
@@ -36,13 +37,9 @@ Format = Literal["ndjson", "parquet", "offline_values"]
 ANY_BODY = {
     "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"format": "binary"}}}}
 }
-TOO_LARGE: dict[int | str, dict[str, Any]] = {413: {"description": "Over max_import_bytes.", "model": Problem}}
-CONFLICT: dict[int | str, dict[str, Any]] = {409: {"description": "More sources than 65,536.", "model": Problem}}
 
 
-@writes.post(
-    "/import", summary="Import prompts and priors", openapi_extra=ANY_BODY, responses={**TOO_LARGE, **CONFLICT}
-)
+@writes.post("/import", summary="Import prompts and priors", openapi_extra=ANY_BODY, responses=problem_docs(409))
 async def import_prompts(
     store: StoreDep,
     request: Request,
@@ -128,7 +125,7 @@ async def _take_offline(
     response_class=StreamingResponse,
     responses={
         200: {"description": "The file, streamed.", "content": {media: {} for media in MEDIA.values()}},
-        404: {"description": "No such job.", "model": Problem},
+        **problem_docs(404),
     },
 )
 async def export(

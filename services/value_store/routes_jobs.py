@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgpack
 import numpy as np
@@ -15,8 +15,9 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from services.value_store.jobs import Job
+from services.value_store.problems import problem_docs
 from services.value_store.routes_prompts import StoreDep, bound
-from services.value_store.schemas import JobIn, JobOut, Problem
+from services.value_store.schemas import JobIn, JobOut
 from services.value_store.store import Store
 from services.value_store.table import SPLITS
 from singlestream.contracts import Sampling
@@ -32,7 +33,7 @@ reads = APIRouter(prefix="/v1", tags=["jobs"])
 writes = APIRouter(prefix="/v1", tags=["jobs"])
 
 JobPath = Annotated[str, Path(pattern=r"^[0-9a-f]{12}$", description="Job id.", examples=["0123456789ab"])]
-NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "No such job.", "model": Problem}}
+NOT_FOUND = problem_docs(404)
 
 
 def show(job: Job) -> JobOut:
@@ -63,7 +64,7 @@ def _find(store: Store, job_id: str) -> Job:
     "/jobs",
     status_code=201,
     summary="Collect rewards for prompts",
-    responses={409: {"description": "A prompt is not known.", "model": Problem}},
+    responses=problem_docs(409),
 )
 async def create_job(store: StoreDep, body: JobIn) -> JobOut:
     """An estimation sets each prompt's prior once all its rewards are there, if it has no visits yet.
@@ -80,7 +81,7 @@ async def create_job(store: StoreDep, body: JobIn) -> JobOut:
     if not ids:
         raise HTTPException(422, "no prompts")
     bound(len(ids) * body.n, MAX_ITEMS, "rewards")
-    sampling = body.sampling
+    sampling = Sampling(**body.sampling.model_dump()) if body.sampling else None
     if sampling is None:
         training = Sampling(temperature=store.config.run.temperature, top_p=1.0, top_k=0)
         sampling = training if body.purpose == "estimate" else EVALUATION

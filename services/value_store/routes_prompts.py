@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgpack
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -10,12 +10,12 @@ from starlette.exceptions import HTTPException
 
 from services.value_store import views
 from services.value_store.evidence import HISTORY_FIELDS
+from services.value_store.problems import problem_docs
 from services.value_store.prompts import Prompt, prior_of
 from services.value_store.schemas import (
     PROMPT_ID,
     History,
     HistoryEntry,
-    Problem,
     PromptIn,
     PromptOut,
     PromptPage,
@@ -37,7 +37,7 @@ reads = APIRouter(prefix="/v1", tags=["prompts"])
 writes = APIRouter(prefix="/v1", tags=["prompts"])
 
 
-def get_store(request: Request) -> Store:
+async def get_store(request: Request) -> Store:
     """The application's store."""
     store: Store = request.app.state.store
     return store
@@ -45,7 +45,7 @@ def get_store(request: Request) -> Store:
 
 StoreDep = Annotated[Store, Depends(get_store)]
 IdPath = Annotated[str, Path(pattern=PROMPT_ID, description="Prompt id.", examples=["3f2a9c01d4e5b677"])]
-NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "No such prompt.", "model": Problem}}
+NOT_FOUND = problem_docs(404)
 
 
 def bound(count: int, limit: int, what: str) -> None:
@@ -54,7 +54,7 @@ def bound(count: int, limit: int, what: str) -> None:
         raise HTTPException(422, f"{count} {what} in one request; the bound is {limit}")
 
 
-@writes.post("/prompts", summary="Insert or update prompts in bulk")
+@writes.post("/prompts", summary="Insert or update prompts in bulk", responses=problem_docs(409))
 async def upsert(store: StoreDep, prompts: list[PromptIn]) -> Upserted:
     """Source and question make a prompt's id.
 
@@ -101,19 +101,20 @@ async def list_prompts(
     found: list[PromptOut] = []
     scanned, step = 0, limit if q is None else SCANNED_AT_A_TIME
     while True:
-        places = views.page(keys, ids, step, after)
+        places = views.page(keys, ids, step + 1, after)
+        more, places = len(places) > step, places[:step]
         scanned += len(places)
-        for place, one in zip(places, await _with_texts(store, rows[places].tolist(), q), strict=True):
-            after = (float(keys[place]), int(ids[place]))
+        for number, one in enumerate(await _with_texts(store, rows[places].tolist(), q), 1):
+            after = (float(keys[places[number - 1]]), int(ids[places[number - 1]]))
             if one is not None:
                 found.append(one)
             if len(found) == limit:
+                more = more or number < len(places)
                 break
-        if len(places) < step and len(found) < limit:
+        if not more or after is None:
             return PromptPage(prompts=found, cursor=None)
-        if len(found) >= limit or scanned >= SCANNED_PER_PAGE:
-            more = after is not None and len(views.page(keys, ids, 1, after)) > 0
-            return PromptPage(prompts=found, cursor=views.pack_cursor(*after) if more and after else None)
+        if len(found) == limit or scanned >= SCANNED_PER_PAGE:
+            return PromptPage(prompts=found, cursor=views.pack_cursor(*after))
 
 
 async def _with_texts(store: Store, rows: list[int], q: str | None) -> list[PromptOut | None]:

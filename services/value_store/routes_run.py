@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Response
 from starlette.exceptions import HTTPException
 
 from services.value_store import issuing, metrics, sampler, views
+from services.value_store.problems import problem_docs
 from services.value_store.routes_prompts import StoreDep, bound
 from services.value_store.schemas import (
     Health,
@@ -18,7 +19,6 @@ from services.value_store.schemas import (
     LedgerOut,
     Policy,
     Preview,
-    Problem,
     ReliabilityBin,
     ReplicaOut,
     Stats,
@@ -60,6 +60,11 @@ async def get_metrics(store: StoreDep) -> Response:
 @reads.get("/v1/training", summary="What training does")
 async def get_training(store: StoreDep) -> Training:
     """Its state, and why no lease is issued where none is."""
+    return show_training(store)
+
+
+def show_training(store: Store) -> Training:
+    """What training does, from memory."""
     memory, run = store.memory, store.config.run
     alive = any(replica.alive(time.time()) for replica in store.replicas)
     return Training(
@@ -75,12 +80,12 @@ async def get_training(store: StoreDep) -> Training:
 @writes.put(
     "/v1/training",
     summary="Run, pause or stop training",
-    responses={409: {"description": "Training is stopped or finished.", "model": Problem}},
+    responses=problem_docs(409),
 )
 async def set_training(store: StoreDep, body: TrainingIn) -> Training:
     """Stopping is final: leases that no replica has taken are cancelled; the learner trains what the others yield."""
     await store.set_training(body.state)
-    return await get_training(store)
+    return show_training(store)
 
 
 @reads.get("/v1/ledger", summary="Where every lease is")

@@ -152,6 +152,14 @@ class Training(BaseModel):
     headroom: int = Field(description="Training leases that admission allows now.")
 
 
+class SamplingIn(Body):
+    """How the engine samples."""
+
+    temperature: float = Field(ge=0.0, le=100.0, allow_inf_nan=False, description="0 means greedy.")
+    top_p: float = Field(gt=0.0, le=1.0)
+    top_k: int = Field(ge=0, le=10_000_000, description="0 means no limit.")
+
+
 class JobIn(Body):
     """Rewards to collect for prompts."""
 
@@ -161,8 +169,8 @@ class JobIn(Body):
     split: Split | None = Field(default=None, description="Every prompt of that split; or give prompt_ids.")
     prompt_ids: list[PromptId] | None = Field(default=None, description="These prompts; or give split.")
     n: int = Field(default=1, ge=1, le=1024, description="Rewards a prompt.")
-    limit: int | None = Field(default=None, ge=1, description="At most so many prompts of the split, by id.")
-    sampling: Sampling | None = Field(
+    limit: int | None = Field(default=None, ge=1, le=10**9, description="At most so many prompts of the split, by id.")
+    sampling: SamplingIn | None = Field(
         default=None,
         description="null: estimate samples as training does; evaluate at temperature 0.6, top-p 0.95, top-k 20.",
     )
@@ -281,6 +289,55 @@ class Stats(BaseModel):
     brier: float | None = Field(description="Mean of (reward − v̂ at the lease)²; null before the first evidence.")
     reliability: list[ReliabilityBin]
     replicas: list[ReplicaOut]
+
+
+class QueuesOut(BaseModel):
+    """Lengths of the streams, about a second ago."""
+
+    unread_leases: int
+    held_leases: int
+    trajectories: int
+    posterior_updates: int
+    results: int
+    dead_letters: int
+    read_at_s: float = Field(description="0: never.")
+
+
+class LearnerOut(BaseModel):
+    """The learner's last heartbeat."""
+
+    step: int | None
+    state: str | None
+    waiting_for: str | None
+    at_s: float | None
+    alive: bool = Field(description="Whether it came within the last 30 s.")
+
+
+class Snapshot(BaseModel):
+    """The histogram of v̂ at one moment."""
+
+    at_s: float
+    counts: list[int] = Field(description="In 20 equal bins over [0, 1].")
+
+
+class Overview(BaseModel):
+    """The run at a glance, from the store's memory: it answers while Redis is away too."""
+
+    run: str
+    now_s: float
+    store_waiting_for: str | None = Field(description="null while the store can write.")
+    training: Training
+    leases: dict[str, dict[str, int]] = Field(description="purpose → leased, outstanding and every outcome.")
+    reward_mean: float | None = Field(description="Of the last 1,024 trajectories counted since the store's start.")
+    staleness_mean: float | None = Field(description="Policy versions, of the same trajectories.")
+    policy: VersionOut | None
+    z_now: float
+    queues: QueuesOut
+    learner: LearnerOut | None = Field(description="null where it has never reported.")
+    replicas: list[ReplicaOut]
+    prompts: int
+    visits: int
+    v_hat_over_time: list[Snapshot] = Field(description="Oldest first, at most 61, the last one as it is now.")
 
 
 class Problem(BaseModel):

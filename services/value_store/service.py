@@ -39,7 +39,7 @@ def serve(config: Config) -> None:
         Fenced: another store has taken over.
         DeadlineExceeded: Redis stayed away too long.
     """
-    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
         runner.run(run(config))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,6 +20,7 @@ from services.value_store.jobs import Job
 from services.value_store.memory import Memory, OpenLease, load_memory
 from services.value_store.posterior import Retention
 from services.value_store.prompts import Prior, Prompt, Refused, plan_upsert
+from services.value_store.recent import Recent
 from singlestream.config import Config
 from singlestream.contracts import Lease, Purpose, Sampling, Tombstone, decode_as, lease_id
 from singlestream.contracts.policy_version import PolicyVersion
@@ -62,7 +64,7 @@ class Store:
         self.replicas: list[issuing.Replica] = []
         self.memory_full = False
         self.rebuilds = 0
-        self.rho_recent = np.empty(0)
+        self.recent = Recent()
         self._memory: Memory | None = None
         self._trouble: str | None = "Redis, for its first answer"
         self._doubt = asyncio.Event()
@@ -88,7 +90,7 @@ class Store:
 
     def doubt(self, error: BaseException) -> None:
         """Stop writing: memory may not be what Redis holds. `keep_ready` reads everything anew."""
-        if self._trouble is None:
+        if self._trouble is None and not isinstance(error, asyncio.CancelledError):
             log.warning("memory is forgotten and read again: %s", error)
         self._trouble = f"Redis, to read everything anew ({error})"
         self._ready.clear()
@@ -124,6 +126,7 @@ class Store:
             except BaseException:
                 self._doubt.set()
                 raise
+            gc.freeze()  # a million prompts need not be walked by every collection; nothing in them is a cycle
             self._trouble = None
             self._ready.set()
         self.rebuilds += 1
@@ -163,8 +166,7 @@ class Store:
                     batch = plan(entries, memory)
                 await self._commit(batch.change)
                 batch.apply(memory)
-                if len(batch.rho):
-                    self.rho_recent = batch.rho
+                self.recent.add(batch.rho, batch.rewards, batch.staleness)
             entries = entries[batch.entries :]
 
     async def take_updates(self, epoch: str, entries: Sequence[Entry]) -> None:
@@ -310,7 +312,7 @@ class Store:
         if self.memory_full:
             return "memory in Redis: its share of maxmemory is used up"
         if (bound := memory.admission.binding) is not None:
-            return f"leases to end: the bound {bound} admits no more"
+            return f"leases to end: the {bound} bound admits no more"
         return None
 
     async def issue(self, wanted: int) -> int:

@@ -7,7 +7,7 @@ import binascii
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,37 +45,50 @@ def faded_n_eff(memory: Memory, retention: Retention) -> NDArray[np.float64]:
 
 
 def value_outs(memory: Memory, retention: Retention, rows: Sequence[int]) -> list[ValueOut]:
-    """Posteriors of rows."""
+    """Posteriors of rows. Built without validation: the table holds what the model asks for."""
     index, table = np.array(rows, np.int64), memory.table
     alpha, beta = table.alpha[index], table.beta[index]
     version = memory.newest.version if memory.newest else 0
     fade = retention.fade(memory.clock.now, table.z_last[index], version, table.version[index])
-    low, high = posterior.interval(alpha * fade, beta * fade)
-    mean, n_eff = posterior.v_hat(alpha, beta), (alpha + beta) * fade
+    columns = (
+        posterior.v_hat(alpha, beta),
+        (alpha + beta) * fade,
+        *posterior.interval(alpha * fade, beta * fade),
+        alpha,
+        beta,
+        table.visits[index],
+        table.version[index],
+        table.updated_at_s[index],
+        table.in_flight[index],
+        table.source[index],
+        table.split[index],
+    )
     return [
-        ValueOut(
+        ValueOut.model_construct(
             prompt_id=table.id(row),
-            alpha=alpha[i],
-            beta=beta[i],
-            v_hat=mean[i],
-            n_eff=n_eff[i],
-            visits=table.visits[row],
-            interval=(low[i], high[i]),
-            version=table.version[row] if table.version[row] >= 0 else None,
-            updated_at_s=table.updated_at_s[row],
-            in_flight=table.in_flight[row],
-            source=table.sources[table.source[row]],
-            split=SPLITS[table.split[row]],
+            alpha=alpha_,
+            beta=beta_,
+            v_hat=mean,
+            n_eff=n_eff,
+            visits=visits,
+            interval=(low, high),
+            version=newest if newest >= 0 else None,
+            updated_at_s=updated_at_s,
+            in_flight=in_flight,
+            source=table.sources[source],
+            split=SPLITS[split],
         )
-        for i, row in enumerate(rows)
+        for row, mean, n_eff, low, high, alpha_, beta_, visits, newest, updated_at_s, in_flight, source, split in zip(
+            rows, *(column.tolist() for column in columns), strict=True
+        )
     ]
 
 
 def prompt_out(value: ValueOut, prompt: Prompt) -> PromptOut:
     """A value with its prompt's text."""
-    return PromptOut(
-        **value.model_dump(), question=prompt.question, answer=prompt.answer, environment=prompt.environment
-    )
+    text = {"question": prompt.question, "answer": prompt.answer, "environment": prompt.environment}
+    fields: dict[str, Any] = {**value.__dict__, **text}
+    return PromptOut.model_construct(**fields)
 
 
 def matching(memory: Memory, retention: Retention, filters: Filters) -> NDArray[np.int64]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from singlestream.cli import values
+from singlestream.cli.scale import scale
+from singlestream.cli.scale import scale
 from singlestream.errors import SinglestreamError
 
 app = typer.Typer(
@@ -21,6 +25,11 @@ app = typer.Typer(
 
 app.add_typer(values.app, name="values")
 app.command()(values.ledger)
+app.command()(scale)
+
+sandbox = typer.Typer(help="The sandbox that runs model-written Python.", no_args_is_help=True)
+app.add_typer(sandbox, name="sandbox")
+app.command()(scale)
 
 ConfigOption = values.ConfigOption
 
@@ -82,6 +91,50 @@ def demo(
     from singlestream.demo.run import demo as work
 
     run_until_signal(work(model, steps))
+
+
+def _hand_over_to(module: str, *arguments: str) -> None:
+    """Run a service's own command: this package imports no service."""
+    reply = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    raise typer.Exit(reply.returncode)
+
+
+@sandbox.command()
+def check() -> None:
+    """Run the canaries on this machine and say what it lacks; exit code 78 where it cannot isolate."""
+    _hand_over_to("services.sandbox_gateway.check")
+
+
+@app.command()
+def export(config: ConfigOption, out: Annotated[Path, typer.Argument(help="Folder to make.")]) -> None:
+    """Write the newest good checkpoint as a Hugging Face folder that transformers and vLLM load."""
+    _hand_over_to("services.learner.export", "--config", str(config), str(out))
+
+
+@app.command()
+def plan(
+    parameters: Annotated[float, typer.Option(help="Parameters of the model, for example 8.2e9.")],
+    gpus: Annotated[int, typer.Option(min=2, help="GPUs in all.")],
+    mean_response_tokens: Annotated[float, typer.Option(help="Sampled tokens of a trajectory, on average.")],
+    gpu_memory_gib: Annotated[float, typer.Option(help="Memory of one GPU.")] = 80.0,
+    network_gbit_per_s: Annotated[float | None, typer.Option(help="Between machines, where there are several.")] = None,
+) -> None:
+    """Propose a split of GPUs between rollouts and learner, with the expected idle shares and what they assume."""
+    from singlestream.plan import describe
+    from singlestream.plan import plan as propose
+
+    try:
+        proposal = propose(
+            parameters,
+            gpus,
+            mean_response_tokens,
+            gpu_memory_gib=gpu_memory_gib,
+            network_gbit_per_s=network_gbit_per_s,
+        )
+    except SinglestreamError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(describe(proposal))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,11 @@ class Keys:
         return self._key("replicas")
 
     @property
+    def rollout_cap(self) -> str:
+        """String: most replicas that the run may have. Written by the rollout service for ``singlestream scale``."""
+        return self._key("rollout_cap")
+
+    @property
     def learner(self) -> str:
         """String: JSON {step, state, waiting_for, at_s}: the learner's heartbeat."""
         return self._key("learner")

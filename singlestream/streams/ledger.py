@@ -362,8 +362,13 @@ class ValueStoreStreams:
         keys = [self.keys.outstanding("train"), self.keys.live, self.keys.trajectories, self.keys.state]
         return bool(await self._write(END_TRAINING, keys, [encode(EndOfRun(reason=reason)), before, after]))
 
-    async def read_stream(self, stream: str, after: str, count: int, block_ms: int) -> list[tuple[str, bytes, bytes]]:
-        """Entries after the cursor as (entry, lease, encoded message); waits for the first."""
+    async def read_stream(
+        self, stream: str, after: str, count: int, block_ms: int | None
+    ) -> list[tuple[str, bytes, bytes]]:
+        """Entries after the cursor as (entry, lease, encoded message).
+
+        Waits ``block_ms`` for the first one; None returns at once.
+        """
         reply = await self.redis.xread({stream: after}, count=count, block=block_ms)
         entries = reply[0][1] if reply else []
         return [(entry.decode(), fields.get(b"id", b""), fields.get(b"m", b"")) for entry, fields in entries]

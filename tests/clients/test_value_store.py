@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from pathlib import Path
 
 import httpx
 import pytest
@@ -90,6 +91,37 @@ async def test_both_clients_tell_the_same(redis: Redis, keys: Keys, store_proces
         assert caught.value.status == 404
         with pytest.raises(ServiceError, match="no job"):
             [one async for one in store.job_results("0123456789ab")]
+
+
+async def test_files_go_in_and_out(store_process: StoreProcess, tmp_path: Path) -> None:  # noqa: F811
+    store_process.start()
+    lines, recipe, bad = tmp_path / "in.jsonl", tmp_path / "offline_values.json", tmp_path / "bad.jsonl"
+    lines.write_text("".join(prompt.model_dump_json() + "\n" for prompt in prompts(3)))
+    recipe.write_text('{"q0": [1, 1, 1], "nobody asked": [1]}')
+    bad.write_text("rubbish")
+
+    def blocking() -> None:
+        with ValueStore(store_process.url) as store:
+            assert store.import_file(lines).prompts == 3
+            store.export_file(tmp_path / "sync.parquet")
+            with pytest.raises(ServiceError, match="line 1: not JSON"):
+                store.import_file(bad)
+            with pytest.raises(ServiceError, match="no job 0123456789ab"):
+                store.export_file(tmp_path / "none.json", job="0123456789ab")
+
+    await asyncio.to_thread(blocking)
+    async with AsyncValueStore(store_process.url) as store:
+        done = await store.import_file(recipe)
+        assert (done.priors, done.unknown) == (1, 1)
+        await store.export_file(tmp_path / "async.parquet")
+        assert (await store.import_file(tmp_path / "async.parquet")).prompts == 3
+        await store.export_file(tmp_path / "out.jsonl")
+        assert (await store.import_file(tmp_path / "out.jsonl")).prompts == 3
+        [value] = await store.values(texts=["q0"])
+        assert value is not None
+        assert value.alpha == pytest.approx(8 * 3.5 / 4)
+        with pytest.raises(ServiceError, match="no job"):
+            await store.export_file(tmp_path / "none.json", job="0123456789ab")
 
 
 def test_a_store_that_is_away() -> None:

@@ -6,6 +6,7 @@ import fcntl
 import http.server
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -260,28 +261,20 @@ class TestStayWhenDone:
         assert mark.exists()
 
 
+def start_redis(folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """A Redis as compose starts it, with the users that ``init`` writes, on a socket."""
+    passwords = {name: f"of-{name}" for name in ("value_store", "rollout", "learner")}
+    (folder / "users.acl").write_text(runpy.run_path(str(DEPLOY / "init"), run_name="init")["acl_text"](passwords))
+    settings = ["--port", "0", "--unixsocket", folder / "s", "--aclfile", folder / "users.acl", "--dir", folder]
+    arguments = [find_server(), DEPLOY / "redis" / "redis.conf", *settings, "--logfile", folder / "log"]
+    process = subprocess.Popen([str(part) for part in arguments])
+    wait_for((folder / "s").exists, "Redis")
+    return process, folder / "s"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("acl")
-    scope: dict[str, object] = {"__name__": "init"}
-    exec(compile((DEPLOY / "init").read_text(), "init", "exec"), scope)  # noqa: S102  the script itself
-    passwords = {name: f"of-{name}" for name in ("value_store", "rollout", "learner")}
-    (folder / "users.acl").write_text(scope["acl_text"](passwords))  # type: ignore[operator]
-    socket = folder / "s"
-    arguments = [
-        "--port",
-        "0",
-        "--unixsocket",
-        str(socket),
-        "--aclfile",
-        str(folder / "users.acl"),
-        "--save",
-        "",
-        "--dir",
-        str(folder),
-    ]
-    process = subprocess.Popen([find_server(), *arguments, "--logfile", str(folder / "log")])
-    wait_for(socket.exists, "Redis")
+    process, socket = start_redis(tmp_path_factory.mktemp("acl"))
     yield socket
     process.terminate()
     process.wait(60)
@@ -352,6 +345,28 @@ class TestRedisRights:
                 connect(user).execute_command(*command)
 
 
+def test_transactions_survive_a_killed_redis(tmp_path: Path) -> None:
+    """Redis loads its file as the default user, and leaves out what that user may not do."""
+    process, socket = start_redis(tmp_path)
+    with redis.Redis(unix_socket_path=str(socket), username="value_store", password="of-value_store") as client:
+        with client.pipeline(transaction=True) as pipe:
+            pipe.hset("ss:r:values", "p", "1").hincrby("ss:r:ledger", "train:leased", 1).execute()
+        client.eval("redis.call('HSET', KEYS[1], 'q', 2) redis.call('SET', KEYS[2], 1)", 2, "ss:r:values", "ss:r:state")
+    process.kill()
+    process.wait()
+    socket.unlink()
+    process, socket = start_redis(tmp_path)
+    try:
+        with redis.Redis(unix_socket_path=str(socket), username="value_store", password="of-value_store") as client:
+            wait_for(lambda: not client.info("persistence")["loading"], "the file to be loaded")
+            assert client.hgetall("ss:r:values") == {b"p": b"1", b"q": b"2"}
+            assert client.hgetall("ss:r:ledger") == {b"train:leased": b"1"}
+            assert client.get("ss:r:state") == b"1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 def test_requirements_are_those_of_the_named_extras(tmp_path: Path) -> None:
     project = tmp_path / "pyproject.toml"
     project.write_text('[project]\ndependencies = ["a"]\n[project.optional-dependencies]\nx = ["b==1"]\ny = ["c"]\n')
@@ -375,7 +390,10 @@ def test_init_makes_each_service_its_secrets_once(tmp_path: Path) -> None:
         return {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
 
     first = snapshot()
-    assert {name for name in first if name.startswith("rollout/")} == {"rollout/redis_url"}
+    assert {name for name in first if name.startswith("rollout/")} == {
+        "rollout/redis_url",
+        "rollout/rollout_token",
+    }
     assert {name for name in first if name.startswith("prometheus/")} == {"prometheus/read_token"}
     assert first["value_store/write_token"] == first["tools/write_token"] != first["value_store/read_token"]
     assert all(len(first[f"master/{name}"]) == 64 for name in ("read_token", "write_token", "redis_rollout"))

@@ -6,6 +6,7 @@ from typing import Any
 
 from services.rollout.environments.base import Environment, Tools, Turn
 from services.rollout.environments.math_python import MathPython
+from services.rollout.environments.reasoning_gym import ReasoningGym
 from services.rollout.environments.single_turn import SingleTurn
 from services.rollout.environments.tiny_tool import TinyTool
 from services.rollout.graders import load_grader
@@ -14,6 +15,7 @@ ENVIRONMENTS: dict[str, tuple[type[Environment], str]] = {
     MathPython.name: (MathPython, "boxed_strict"),
     TinyTool.name: (TinyTool, "boxed"),
     SingleTurn.name: (SingleTurn, "boxed"),
+    ReasoningGym.name: (ReasoningGym, "services.rollout.environments.reasoning_gym:verify"),
 }
 """Name → class and the grader it uses unless the name says another one."""
 

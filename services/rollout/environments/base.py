@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from services.rollout.graders import Grader, Response
+from services.rollout.graders import Grader, Response, apply_grader
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,6 @@ class Environment(ABC):
         """Text to append after the turn; None ends the episode."""
         return None
 
-    def grade(self, response: Response) -> float:
+    async def grade(self, response: Response) -> float:
         """Reward in [0, 1]. What it raises fails this one trajectory."""
-        return self.grader(response)
+        return await apply_grader(self.grader, response)

@@ -20,8 +20,8 @@ Covered:
 Not covered:
     - a bug in the kernel behind one of the permitted calls (the filter makes that surface small; a VM per run would
       make it smaller);
-    - side channels of shared hardware and shared page cache, and slowing neighbours down by saturating memory bandwidth
-      or caches;
+    - side channels of shared hardware and shared page cache, covert channels between runs that cooperate (locks on
+      /dev/null), and slowing neighbours down by saturating memory bandwidth or caches;
     - layout secrecy between runs: forks of one zygote share their address-space layout, so a leak in one helps in the
       next; there is nothing in the zygote to attack, as it parses nothing that a run can shape, and it is replaced now
       and then;
@@ -33,6 +33,7 @@ Not covered:
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import struct
@@ -107,9 +108,8 @@ def lock_down(
     # kill(0, …) reaches the whole process group, across pid namespaces: without a session of its own a run could kill
     # the zygote and its siblings, which share its kernel uid.
     os.setsid()
-    # Under memory pressure the kernel kills a run, not the gateway; a busy loop yields to the gateway's work.
+    # Under memory pressure the kernel kills a run, not the gateway.
     write_proc(proc_fd, "oom_score_adj", b"1000")
-    os.nice(10)
     # A user namespace of its own, below the zygote's: whatever the run could do to "root in its namespace" does not
     # touch the zygote's. Its own mounts: /tmp below is seen by nobody else. Its own ipc: SysV and POSIX queues left
     # behind die with it.
@@ -142,10 +142,13 @@ def lock_down(
     limit(resource.RLIMIT_MSGQUEUE, 0)
     limit(resource.RLIMIT_SIGPENDING, 64)
     # The new user namespace granted every capability inside itself (mount, chroot, raw sockets): drop them from the set
-    # that execve could regain from, then from the sets in force. EINVAL: a capability that this kernel does not have.
+    # that execve could regain from, up to the last one that this kernel has, then from the sets in force.
     for capability in range(LAST_CAPABILITY + 1):
-        libc.prctl(PR_CAPBSET_DROP, capability, None, 0, 0)
+        if libc.prctl(PR_CAPBSET_DROP, capability, None, 0, 0) < 0 and ctypes.get_errno() == errno.EINVAL:
+            break
     check(libc.capset(struct.pack("<Ii", CAPABILITY_VERSION_3, 0), bytes(24)), "drop capabilities")
+    # A busy loop yields to the gateway's work. Last, so that a busy machine does not hold up the steps above.
+    os.nice(10)
     # Set-uid programs gain nothing, and an unprivileged process may load a filter.
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, None, 0, 0), "no new privileges")
     # The allow-list (policy.py): no new process, program, namespace, socket or exotic call, whatever the code does from

@@ -35,13 +35,21 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _PAUSE = ctypes.cast(_libc.pause, ctypes.c_void_p)
 
 
+class Init(NamedTuple):
+    """The first process of a run's pid namespace."""
+
+    pid: int
+    pidfd: int
+    stack: ctypes.Array[ctypes.c_char]
+    """Must outlive the process."""
+
+
 class Live(NamedTuple):
     """A run in progress, as the zygote remembers it."""
 
     run_id: int
     pid: int
-    init_pid: int
-    init_stack: ctypes.Array[ctypes.c_char]
+    init: Init
 
 
 class Zygote:
@@ -60,6 +68,7 @@ class Zygote:
         self._own_pid_ns = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc_fd)
         self._base_bytes = 0
         self._live: dict[int, Live] = {}
+        self._ending: dict[int, tuple[Init, Reply]] = {}
         self._poll = select.epoll()
         self._poll.register(control, select.EPOLLIN)
 
@@ -70,9 +79,11 @@ class Zygote:
         self._control.send(Reply(READY, 0, pages_resident * os.sysconf("SC_PAGE_SIZE")).pack())
         while True:
             for fd, _ in self._poll.poll():
-                if fd != self._control.fileno():
+                if fd in self._live:
                     self._reap(fd)
-                elif not self._take_order():
+                elif fd in self._ending:
+                    self._finish(fd)
+                elif fd == self._control.fileno() and not self._take_order():
                     return
 
     def _read_proc(self, name: str) -> str:
@@ -98,21 +109,21 @@ class Zygote:
         return True
 
     def _start(self, order: Order, fds: list[int]) -> None:
-        init_pid, stack = self._new_pid_namespace()
+        init = self._new_pid_namespace()
         try:
             pid = os.fork()
         except OSError:
-            self._end_init(init_pid)
+            _end_now(init)
             raise
         if pid == 0:
             self._become_run(order, fds)
         pidfd = os.pidfd_open(pid)
-        self._live[pidfd] = Live(order.run_id, pid, init_pid, stack)
+        self._live[pidfd] = Live(order.run_id, pid, init)
         self._poll.register(pidfd, select.EPOLLIN)
         attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))]
         self._control.sendmsg([Reply(STARTED, order.run_id).pack()], attached)
 
-    def _new_pid_namespace(self) -> tuple[int, ctypes.Array[ctypes.c_char]]:
+    def _new_pid_namespace(self) -> Init:
         """Make a pid namespace whose first process only sleeps, and aim the next fork into it.
 
         In it a run sees no process but itself, so it can signal and trace nobody. It is not process 1 itself, as the
@@ -125,28 +136,32 @@ class Zygote:
         top = (ctypes.addressof(stack) + INIT_STACK_BYTES) & ~0xF
         init_pid = _libc.clone(_PAUSE, top, lockdown.CLONE_NEWPID | lockdown.CLONE_VM | signal.SIGCHLD, None)
         lockdown.check(init_pid, "clone a pid namespace")
-        init_fd = os.pidfd_open(init_pid)
+        init = Init(init_pid, os.pidfd_open(init_pid), stack)
         try:
-            _setns(init_fd, "setns into the run's pid namespace")
+            _setns(init.pidfd, "setns into the run's pid namespace")
         except OSError:
-            self._end_init(init_pid)
+            _end_now(init)
             raise
-        finally:
-            os.close(init_fd)
-        return init_pid, stack
-
-    @staticmethod
-    def _end_init(init_pid: int) -> None:
-        os.kill(init_pid, signal.SIGKILL)
-        os.waitpid(init_pid, 0)
+        return init
 
     def _reap(self, pidfd: int) -> None:
+        """A run has ended: take its status, and end its namespace."""
         run = self._live.pop(pidfd)
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status, usage = os.wait4(run.pid, 0)
-        self._end_init(run.init_pid)
-        self._control.send(Reply(EXITED, run.run_id, status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss).pack())
+        reply = Reply(EXITED, run.run_id, status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+        os.kill(run.init.pid, signal.SIGKILL)
+        self._ending[run.init.pidfd] = run.init, reply
+        self._poll.register(run.init.pidfd, select.EPOLLIN)
+
+    def _finish(self, init_fd: int) -> None:
+        """A run's namespace is gone, and with it whatever might have been left in it: only now the run is over."""
+        init, reply = self._ending.pop(init_fd)
+        self._poll.unregister(init_fd)
+        os.close(init_fd)
+        os.waitpid(init.pid, 0)
+        self._control.send(reply.pack())
 
     def _become_run(self, order: Order, fds: list[int]) -> None:
         """The child's whole life: locked down first, then the snippet. Never returns."""
@@ -167,6 +182,12 @@ class Zygote:
                 snippet.write_report(report, {"setup": f"{type(error).__name__}: {error}"})
         finally:
             os._exit(exit_code)
+
+
+def _end_now(init: Init) -> None:
+    os.kill(init.pid, signal.SIGKILL)
+    os.waitpid(init.pid, 0)
+    os.close(init.pidfd)
 
 
 def _setns(fd: int, step: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -42,5 +45,6 @@ def make_run(tiny: Path, redis_server: EmbeddedRedis, keys: Keys, tmp_path: Path
 
     yield make
     for process in processes:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

@@ -168,6 +168,25 @@ async def test_an_aborted_turn_keeps_its_tokens_and_can_be_continued(bench: Benc
     assert (torch.tensor(part.logprobs + rest.logprobs) - right).abs().max() < SAME
 
 
+async def test_stop_strings_of_several_tokens_end_a_turn(bench: Bench) -> None:
+    """As ``</code>`` is for a real tokenizer: every sampled token is kept, the stop string's too."""
+    letters = "abcdefghijklmnop"
+    stops = tuple(one + two for one in letters for two in letters)
+    request = GenerationRequest(bench.prompt(5), SAMPLING, 400, stops)
+    tokenizer = policies.character_tokenizer()
+    ended = 0
+    for number, generation in enumerate(
+        await asyncio.gather(*(bench.engine.generate(f"s{number}", request) for number in range(8)))
+    ):
+        text, before = (tokenizer.decode(generation.token_ids[:end]) for end in (None, -1))
+        assert len(generation.logprobs) == len(generation.token_ids), number
+        assert generation.spans[-1].end == len(generation.token_ids)
+        assert not any(stop in before for stop in stops)
+        assert (generation.finish == "stop") == any(stop in text for stop in stops)
+        ended += generation.finish == "stop"
+    assert ended >= 1
+
+
 async def test_health_answers_while_busy(bench: Bench) -> None:
     running = [bench.start(number) for number in range(STREAMS)]
     await bench.engine.check_health()

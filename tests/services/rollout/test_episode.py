@@ -84,7 +84,7 @@ async def test_a_tool_turn_and_its_observation() -> None:
     assert kinds(finished) == ["prompt", "generated", "observation", "generated"]
     assert text_of(finished) == f"{CALL}<interpreter>ABC</interpreter>{BOX}<|im_end|>"
     assert finished.response.last_turn == BOX
-    assert case.environment.grade(finished.response) == 1.0
+    assert await case.environment.grade(finished.response) == 1.0
     assert [(call.turn, call.status) for call in finished.tool_calls] == [(0, "ok")]
     assert case.sandbox.ran == ["abc"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.rollout.graders import Response, boxed, boxed_strict, last_boxed, load_grader
+from services.rollout.graders import Response, boxed, boxed_strict, exact, last_boxed, load_grader
 from singlestream.errors import ConfigError
 
 THINK = "<think>six times seven</think>"
@@ -108,3 +108,10 @@ def test_a_grader_by_dotted_path() -> None:
 def test_an_unknown_grader_is_a_setting_error(name: str) -> None:
     with pytest.raises(ConfigError, match="grader"):
         load_grader(name)
+
+
+@pytest.mark.parametrize(
+    ("turn", "reward"), [("42", 1), (" 42\n", 1), ("042", 0), ("42.", 0), ("It is 42", 0), ("", 0)]
+)
+def test_exact_takes_the_answer_and_nothing_else(turn: str, reward: int) -> None:
+    assert exact(response("", last_turn=turn)) == reward

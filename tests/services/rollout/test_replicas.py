@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 import pytest_asyncio
@@ -28,11 +29,12 @@ from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys, connect
 from tests.services.rollout import policies
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(480)]
 
 ROOT = Path(__file__).resolve().parents[3]
 SLOTS = 4
-START_S = 150.0
+RESPONSE_TOKENS = 400
+START_S = 240.0
 LEASE_TIMEOUT_S = 4.0
 
 
@@ -53,8 +55,12 @@ class Service:
         manifest = policies.write_weights(policies.random_policy(seed, eos=None), self.folder / f"v{version}")
         await policies.publish(self.redis, self.keys, manifest, version)
 
-    async def add(self, count: int, version: int) -> None:
-        """Leases of long generations: the policy has no end of sequence."""
+    async def scale(self, replicas: int) -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=60) as client:
+            assert (await client.put("/v1/scale", json={"replicas": replicas})).status_code == 200
+
+    async def add(self, count: int, version: int) -> tuple[int, int]:
+        """Leases of long generations (the policy never ends); returns the first number and that after the last."""
         for _ in range(count):
             self.leases += 1
             one = Lease(
@@ -71,6 +77,7 @@ class Service:
             )
             entry = await self.redis.xadd(self.keys.leases("train"), {"id": one.lease_id, "m": encode(one)})
             await self.redis.hset(self.keys.live, one.lease_id, entry)
+        return self.leases - count + 1, self.leases + 1
 
     async def reports(self) -> dict[str, dict[str, Any]]:
         """What the replicas say, by name."""
@@ -126,10 +133,10 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ser
             "SINGLESTREAM_RUN__REDIS_URL": server.url,
             "SINGLESTREAM_RUN__ENGINE_DTYPE": "float32",
             "SINGLESTREAM_ROLLOUT__PORT": str(port),
-            "SINGLESTREAM_ROLLOUT__REPLICAS": "2",
+            "SINGLESTREAM_ROLLOUT__REPLICAS": "1",
             "SINGLESTREAM_ROLLOUT__SLOTS": str(SLOTS),
-            "SINGLESTREAM_ROLLOUT__MAX_MODEL_TOKENS": "900",
-            "SINGLESTREAM_ROLLOUT__MAX_RESPONSE_TOKENS": "800",
+            "SINGLESTREAM_ROLLOUT__MAX_MODEL_TOKENS": "500",
+            "SINGLESTREAM_ROLLOUT__MAX_RESPONSE_TOKENS": str(RESPONSE_TOKENS),
             "SINGLESTREAM_ROLLOUT__LEASE_TIMEOUT_S": str(LEASE_TIMEOUT_S),
             "SINGLESTREAM_ROLLOUT__KV_CACHE_GIB": "0.1",
             "SINGLESTREAM_ROLLOUT__CPU_THREADS": "1",
@@ -157,11 +164,23 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ser
         server.stop()
 
 
-async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> None:
-    await service.add(24, 0)
-    killed, frozen = sorted(await service.busy(2))
+async def test_a_second_replica_joins_and_loads_the_newest_weights_first(service: Service) -> None:
+    [alone] = await service.until(lambda told: told, 1, "replicas")
+    await service.add(4, 0)
+    await service.ended(4)
     await service.publish(2, 1)
-    await service.until(lambda told: {n for n, r in told.items() if r["version"] == 1}, 2, "replicas on version 1")
+    await service.scale(2)
+    await service.until(lambda told: set(told) - {alone}, 1, "new replicas")
+    await service.add(12, 1)
+    ended = (await service.ended(16))[4:]
+    assert len({s.replica for one in ended for s in one.segments[1:]}) == 2
+    assert {s.version for one in ended for s in one.segments[1:]} == {1}
+
+
+async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> None:
+    before = await service.redis.xlen(service.keys.trajectories)
+    first, last = await service.add(16, 1)
+    killed, frozen = sorted(await service.busy(2))
 
     children = engine_processes(killed)
     assert len(children) >= 2
@@ -175,18 +194,35 @@ async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> 
     await asyncio.sleep(LEASE_TIMEOUT_S + 1)
     os.kill(stopped[0], signal.SIGCONT)
 
-    ended = await service.ended(24)
-    assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in range(1, 25))
+    ended = (await service.ended(before + 16))[before:]
+    assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in range(first, last))
     assert max(one.attempts for one in ended) >= 2
     assert await service.redis.hlen(service.keys.live) == 0
 
     # Serve brings another, which loads the newest weights before it takes a lease
     await service.until(lambda told: set(told) - {killed, frozen}, 1, "new replicas")
-    await service.add(24, 1)
-    ended = (await service.ended(48))[24:]
+    await service.add(12, 1)
+    ended = (await service.ended(before + 28))[before + 16 :]
     assert {s.version for one in ended for s in one.segments if s.version is not None} == {1}
     newcomers = {s.replica for one in ended for s in one.segments if s.replica} - {killed, frozen}
     assert newcomers
+
+
+async def test_a_replica_that_is_scaled_away_hands_over(service: Service) -> None:
+    pair = set(await service.until(lambda told: told, 2, "replicas"))
+    before = await service.redis.xlen(service.keys.trajectories)
+    first, last = await service.add(12, 1)
+    await service.busy(2)
+    await service.scale(1)
+    ended = (await service.ended(before + 12))[before:]
+    assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in range(first, last))
+    # what one had sampled stands there, and the other went on from those tokens
+    carried = [one for one in ended if len({s.replica for s in one.segments[1:]}) > 1]
+    assert carried
+    for one in carried:
+        assert {s.replica for s in one.segments[1:]} == pair
+        assert sum(len(s.token_ids) for s in one.segments[1:]) == RESPONSE_TOKENS
+        assert one.attempts == 1
 
 
 async def test_the_http_interface_runs_an_episode(service: Service) -> None:
@@ -200,9 +236,34 @@ async def test_the_http_interface_runs_an_episode(service: Service) -> None:
         assert [segment["kind"] for segment in trace["segments"]] == ["prompt", "generated"]
         generated = trace["segments"][1]
         assert generated["version"] == 1
-        assert len(generated["logprobs"]) == len(generated["token_ids"]) == 800
+        assert len(generated["logprobs"]) == len(generated["token_ids"]) == RESPONSE_TOKENS
         refused = await client.post("/v1/episodes", json={**body, "environment": "no_such"})
         assert refused.status_code == 422
+
+
+async def test_the_openai_client_works(service: Service) -> None:
+    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{service.port}/v1", api_key="none") as client:
+        [model] = [one async for one in client.models.list()]
+        assert model.id == "replicas"
+        done = await client.completions.create(model=model.id, prompt="3+4=?", max_tokens=7, n=2, logprobs=0)
+        assert [choice.finish_reason for choice in done.choices] == ["length", "length"]
+        assert done.usage is not None
+        assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (5, 14)
+        assert len(done.choices[0].logprobs.token_logprobs) == 7
+        messages = [{"role": "user", "content": "3+4=?"}]
+        chat = await client.chat.completions.create(model=model.id, messages=messages, max_tokens=9, temperature=0)
+        whole = chat.choices[0].message.content
+        parts = []
+        async for chunk in await client.chat.completions.create(
+            model=model.id, messages=messages, max_tokens=9, temperature=0, stream=True
+        ):
+            parts.append(chunk.choices[0].delta.content)
+        assert "".join(parts) == whole
+        assert len(parts) > 1
+        with pytest.raises(openai.UnprocessableEntityError):
+            await client.chat.completions.create(model=model.id, messages=messages, response_format={"type": "text"})
+        with pytest.raises(openai.UnprocessableEntityError):
+            await client.completions.create(model=model.id, prompt="x" * 600)
 
 
 async def test_a_stopped_service_hands_everything_over(service: Service) -> None:

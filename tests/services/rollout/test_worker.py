@@ -180,6 +180,18 @@ async def test_never_more_leases_than_slots(site: Site) -> None:
         assert sum(one["pending"] for one in pending) == 3
 
 
+async def test_evaluation_holds_at_most_its_share(site: Site) -> None:
+    await site.add(*(lease(lease_id=f"evaluate:0000abcd:{n}") for n in range(1, 9)))
+    engine = ScriptedEngine(TOKENIZER, [BOX], stall=(0, 3))
+    async with Working(site.worker("a", engine, slots=6, evaluation_share=0.5)) as worker:
+        await until(lambda: _true(len(worker.running) == 3), "three running evaluations")
+        await asyncio.sleep(1.2)
+        assert len(worker.running) == 3
+        await site.add(*(lease(n) for n in range(1, 9)))
+        await until(lambda: _true(len(worker.running) == 6), "training in the other slots")
+        assert Counter(one.held.lease.purpose for one in worker.running.values()) == {"evaluate": 3, "train": 3}
+
+
 async def _true(value: bool) -> bool:
     return value
 

@@ -247,7 +247,7 @@ def test_policy_version_is_stable() -> None:
 
 
 def test_mends_name_the_cause() -> None:
-    said = "bwrap: No permissions to creating new namespace, likely because the kernel does not allow non-privileged user namespaces."
+    said = "bwrap: No permissions to creating new namespace, likely because the kernel does not allow it."
     assert "seccomp.json" in mends.mend(said)
     assert "AppArmor" in mends.mend("bwrap: setting up uid map: Permission denied")
     assert "docs/sandbox.md" in mends.mend("something new")

@@ -196,7 +196,8 @@ async def test_jobs(http: httpx.AsyncClient, store: Store, redis: Redis, keys: K
     assert [one["purpose"] for one in (await http.get("/v1/jobs")).json()] == ["estimate", "evaluate"]
     unknown = await http.post("/v1/jobs", json={"purpose": "estimate", "prompt_ids": ["f" * 16]})
     assert unknown.status_code == 409
-    for bad in ({"split": "train"}, {}, {"split": "eval", "prompt_ids": ids}):
+    endless = {"prompt_ids": ids, "sampling": {**sampling, "top_k": 10**30}}
+    for bad in ({"split": "train"}, {}, {"split": "eval", "prompt_ids": ids}, endless):
         assert (await http.post("/v1/jobs", json={"purpose": "evaluate", **bad})).status_code == 422
     assert (await http.get("/v1/jobs/0123456789ab")).status_code == 404
 
@@ -281,4 +282,7 @@ async def test_off_loopback_without_tokens_is_refused(redis: Redis, keys: Keys) 
 
 
 async def test_a_foreign_host_name_is_refused_where_no_token_is_asked_for(http: httpx.AsyncClient) -> None:
-    assert (await http.get("/v1/training", headers={"Host": "evil.example"})).status_code == 400
+    for host, status in (("evil.example", 400), ("[::1", 400), ("", 400), ("localhost:81", 200), ("[::1]:81", 200)):
+        reply = await http.get("/v1/training", headers={"Host": host})
+        assert reply.status_code == status, host
+    assert "loopback name" in (await http.get("/v1/training", headers={"Host": "evil.example"})).json()["detail"]

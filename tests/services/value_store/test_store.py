@@ -90,6 +90,7 @@ async def test_prompts_in_flight_are_not_drawn(redis: Redis, keys: Keys) -> None
     assert len({lease.prompt_id for lease in leases}) == 6
     assert sorted(lease.lease_id.split(":")[2] for lease in leases) == list("123456")
     assert {lease.lease_id.split(":")[1] for lease in leases} == {store.memory.epoch}
+    assert {(lease.version, lease.lineage) for lease in leases} == {(0, 1)}
 
 
 async def test_evaluation_prompts_are_never_trained_on(redis: Redis, keys: Keys) -> None:
@@ -399,6 +400,20 @@ async def test_early_stop(redis: Redis, keys: Keys) -> None:
     with pytest.raises(Refused, match="cannot be taken back"):
         await store.set_training("running")
     assert await store.set_training("stopped") == "stopped"
+
+
+async def test_a_finished_run_goes_on_when_it_is_made_longer(redis: Redis, keys: Keys) -> None:
+    store, world = await start(redis, keys, total_steps=1)
+    await store.issue(8)
+    await world.play()
+    await world.train()
+    await settle(store)
+    assert store.memory.state == "finished"
+    longer = Store(make_config(keys, total_steps=2), redis)
+    await wake(longer)
+    assert longer.memory.state == "paused"
+    await longer.set_training("running")
+    assert await longer.issue(8) == 4
 
 
 async def test_a_run_ends_by_itself(redis: Redis, keys: Keys) -> None:

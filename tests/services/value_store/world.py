@@ -143,7 +143,7 @@ async def wake(store: Store) -> None:
 
 async def read_versions(store: Store) -> None:
     memory = store.memory
-    entries = await store.streams.read_stream(store.keys.policy_versions, memory.versions_cursor, 100, 1)
+    entries = await store.streams.read_stream(store.keys.policy_versions, memory.versions_cursor, 100, None)
     for entry, _, data in entries:
         store.note_version(memory.epoch, entry, data)
 
@@ -153,7 +153,7 @@ async def settle(store: Store) -> None:
     await read_versions(store)
     for stream, take in ((store.keys.posterior_updates, store.take_updates), (store.keys.scored, store.take_results)):
         after = store.memory.cursors.get(stream, "0-0")
-        entries = await store.streams.read_stream(stream, after, 100_000, 1)
+        entries = await store.streams.read_stream(stream, after, 100_000, None)
         if entries:
             await take(store.memory.epoch, entries)
 

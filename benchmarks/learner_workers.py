@@ -1,0 +1,229 @@
+"""Optimizer steps on one fixed batch, each way in its own process: ours, bare transformers + AdamW, TRL's trainer.
+
+``python -m benchmarks.learner_workers {ours,bare-padded,bare-packed,trl,peak} SETTINGS`` prints one JSON object.
+Every way trains the same random model on the same trajectories, in fp32, with the same loss weights.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+LR = 1e-5
+
+
+def build(name: str) -> Any:
+    """A random model: ``tiny`` is the demo's, ``smollm2`` has SmolLM2-135M's shape, ``wide`` a large vocabulary."""
+    torch.manual_seed(0)
+    if name == "tiny":
+        config = Qwen3Config(
+            vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+        )  # fmt: skip
+        return Qwen3ForCausalLM(config)
+    smollm2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = smollm2 if name == "smollm2" else wide
+    heads = {"num_key_value_heads": 3 if name == "smollm2" else 4}
+    vocabulary = 49_152 if name == "smollm2" else 32_768
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocabulary, max_position_embeddings=16_384, tie_word_embeddings=True, **shape, **heads)
+    )
+
+
+def trajectories(settings: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt, response) token ids; responses of uneven length, as an agent's are."""
+    rng = np.random.default_rng(0)
+    low, high = settings["response_tokens"]
+    return [
+        (rng.integers(3, 100, settings["prompt_tokens"]), rng.integers(3, 100, int(rng.integers(low, high + 1))))
+        for _ in range(settings["batch"])
+    ]
+
+
+def advantages(count: int) -> np.ndarray:
+    """Alternating signs, mean zero."""
+    return np.where(np.arange(count) % 2, 1.0, -1.0)
+
+
+def timed(step: Callable[[], Any], repetitions: int) -> dict[str, float]:
+    """Median and best seconds of a step, after one to warm up."""
+    step()
+    seconds = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return {"median_s": statistics.median(seconds), "best_s": min(seconds)}
+
+
+def our_policy(settings: dict[str, Any], folder: str) -> Any:
+    """The learner's policy on one rank."""
+    from services.learner.policy import Policy
+    from services.learner.ranks import Ranks
+    from singlestream.config import LearnerConfig
+
+    build(settings["model"]).save_pretrained(folder)
+    learner = LearnerConfig(
+        lr=LR, compute_dtype="float32", micro_batch_tokens=settings["micro_batch_tokens"], attention="padded"
+    )
+    return Policy(Path(folder), learner, 1.0, Ranks(60))
+
+
+def our_samples(rows: list[tuple[np.ndarray, np.ndarray]], rewards: np.ndarray) -> list[Any]:
+    """The rows as the learner's samples."""
+    from services.learner.samples import Sample
+
+    samples = []
+    for place, (prompt, response) in enumerate(rows):
+        action = np.r_[np.zeros(len(prompt), bool), np.ones(len(response), bool)]
+        tokens = np.r_[prompt, response].astype(np.int64)
+        behaviour = np.where(action, -5.0, 0.0).astype(np.float32)
+        age = np.where(action, 0, -1).astype(np.int32)
+        fields = (float(rewards[place] > 0), 0.5, tokens, action, action, behaviour, age, 0, 1, 0, len(prompt))
+        samples.append(Sample(f"train:00000000:{place + 1}", "p", *fields))
+    return samples
+
+
+def ours(settings: dict[str, Any]) -> dict[str, float]:
+    """`Policy.update`: forward, backward, statistics, clipping, optimizer."""
+    rows = trajectories(settings)
+    scaled = advantages(len(rows))
+    samples = our_samples(rows, scaled)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = our_policy(settings, folder)
+        return timed(lambda: policy.update(samples, scaled, 0), settings["repetitions"])
+
+
+def bare(settings: dict[str, Any], packed: bool) -> dict[str, float]:
+    """A plain loop: one call of the model, log-softmax of its logits, AdamW."""
+    model = build(settings["model"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    rows = trajectories(settings)
+    scaled = advantages(len(rows))
+    total = sum(len(response) for _, response in rows)
+    groups = [list(range(len(rows)))]
+    if settings["micro_batch_tokens"] < 8192:
+        groups = [list(part) for part in np.array_split(np.arange(len(rows)), 4)]
+
+    def step() -> None:
+        for group in groups:
+            chosen = [np.r_[rows[i]] for i in group]
+            weight = [
+                np.r_[np.zeros(len(rows[i][0])), np.full(len(rows[i][1]), scaled[i])].astype(np.float32) for i in group
+            ]
+            if packed:
+                ids = torch.from_numpy(np.concatenate(chosen))[None]
+                positions = torch.from_numpy(np.concatenate([np.arange(len(row)) for row in chosen]))[None]
+                weights = torch.from_numpy(np.concatenate(weight))[None]
+                logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            else:
+                width = max(map(len, chosen))
+                ids = torch.zeros((len(chosen), width), dtype=torch.int64)
+                weights = torch.zeros((len(chosen), width))
+                for place, row in enumerate(chosen):
+                    ids[place, : len(row)] = torch.from_numpy(row)
+                    weights[place, : len(row)] = torch.from_numpy(weight[place])
+                logits = model(input_ids=ids, use_cache=False).logits
+            logprobs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            (-(logprobs * weights[:, 1:]).sum() / total).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step, settings["repetitions"])
+
+
+def trl(settings: dict[str, Any]) -> dict[str, float]:
+    """TRL's GRPO trainer on the same trajectories, its generation replaced by them."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from services.learner.tiny_model import make_tokenizer
+
+    rows = trajectories(settings)
+    count, width = len(rows), max(len(response) for _, response in rows)
+    completions, mask = torch.zeros((count, width), dtype=torch.int64), torch.zeros((count, width), dtype=torch.int64)
+    for place, (_, response) in enumerate(rows):
+        completions[place, : len(response)] = torch.from_numpy(response)
+        mask[place, : len(response)] = 1
+    prompts = torch.from_numpy(np.stack([prompt for prompt, _ in rows]))
+    batch = {
+        "prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": completions,
+        "completion_mask": mask, "advantages": torch.from_numpy(advantages(count)).float(),
+        "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    micro = settings["trl_micro_batch"]
+    parts = [
+        {name: value if value.dim() == 0 else value[start : start + micro] for name, value in batch.items()}
+        for start in range(0, count, micro)
+    ]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    class Given(GRPOTrainer):
+        calls = 0
+
+        def _prepare_inputs(self, _: Any) -> Any:
+            self.calls += 1
+            return parts[(self.calls - 1) % len(parts)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(parts),
+            num_generations=8, max_steps=settings["repetitions"] + 1, learning_rate=LR, beta=0.0, bf16=False,
+            gradient_checkpointing=False, use_cpu=True, report_to=[], logging_steps=1000, save_strategy="no",
+            max_completion_length=width, disable_tqdm=True,
+        )  # fmt: skip
+        dataset = Dataset.from_list([{"prompt": "1+1=?"}] * count)
+        trainer = Given(
+            build(settings["model"]), lambda completions, **_: [0.0] * len(completions), args=arguments,
+            train_dataset=dataset, processing_class=make_tokenizer(), callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+    return {"median_s": statistics.median(seconds[1:]), "best_s": min(seconds[1:])}
+
+
+def peak(settings: dict[str, Any]) -> dict[str, float]:
+    """Growth of the process' peak memory over one step on one long trajectory, in bytes a token."""
+    rows = trajectories(settings)
+    samples = our_samples(rows, advantages(len(rows)))
+    short = our_samples([(rows[0][0][:8], rows[0][1][:8])], advantages(1))
+    with tempfile.TemporaryDirectory() as folder:
+        policy = our_policy(settings, folder)
+        policy.update(short, np.ones(1), 0)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        policy.update(samples, np.ones(len(samples)), 0)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokens = sum(len(prompt) + len(response) for prompt, response in rows)
+    return {"bytes_per_token": 1024 * (after - before) / tokens}
+
+
+WAYS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
+    "ours": ours,
+    "bare-padded": lambda settings: bare(settings, packed=False),
+    "bare-packed": lambda settings: bare(settings, packed=True),
+    "trl": trl,
+    "peak": peak,
+}
+
+if __name__ == "__main__":
+    print(json.dumps(WAYS[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -1,0 +1,53 @@
+"""Reward functions of other stacks as graders: ``verl:package.module:function``, ``trl:package.module:function``.
+
+A verl function is called as ``compute_score(data_source, solution_str, ground_truth, extra_info)`` and may return a
+number or a dict with ``score``; a TRL function as ``f(prompts=[…], completions=[…], **columns)`` and returns a list.
+Scores below 0, such as verl's −1 for a wrong answer, become 0 here, because a posterior's rewards lie in [0, 1]; above
+1 the trajectory fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from services.rollout.graders import Grader, Response
+
+PREFIXES = ("verl", "trl")
+
+
+def adapt(kind: str, function: Callable[..., Any]) -> Grader:
+    """A grader around another stack's reward function. Raises KeyError for a kind that is not in `PREFIXES`."""
+    return {"verl": from_verl, "trl": from_trl}[kind](function)
+
+
+def from_verl(compute_score: Callable[..., Any]) -> Grader:
+    """Verl's custom reward function."""
+
+    def grade(response: Response) -> float:
+        score = compute_score(
+            data_source="singlestream",
+            solution_str=response.text,
+            ground_truth=response.answer,
+            extra_info={"question": response.question},
+        )
+        return max(0.0, float(score["score"] if isinstance(score, Mapping) else score))
+
+    return grade
+
+
+def from_trl(reward: Callable[..., Any]) -> Grader:
+    """TRL's reward function, called with a batch of one and the columns ``answer`` and ``ground_truth``."""
+
+    def grade(response: Response) -> float:
+        scores = reward(
+            prompts=[response.question],
+            completions=[response.text],
+            answer=[response.answer],
+            ground_truth=[response.answer],
+        )
+        if len(scores) != 1 or scores[0] is None:
+            raise ValueError(f"a TRL reward function returns one number a completion, not {scores!r}")
+        return max(0.0, float(scores[0]))
+
+    return grade

@@ -1,0 +1,86 @@
+// One prompt's story: its posterior over visits, its rewards, every update.
+import { html, useEffect, useState } from "/page/vendor/htm-preact-3.1.1.js";
+import { clock, getJson, number, whole } from "/page/api.js";
+
+function Chart({ entries }) {
+  const width = 600;
+  const height = 200;
+  const x = (i) => 30 + ((width - 40) * (i + 0.5)) / entries.length;
+  const y = (v) => 10 + (height - 20) * (1 - v);
+  // The normal approximation of the interval, from v̂ and n_eff: the exact one stands beside the posterior as it is now.
+  const spread = (one) => 1.96 * Math.sqrt((one.v_hat_after * (1 - one.v_hat_after)) / (one.n_eff + 1));
+  const inside = (v) => Math.min(1, Math.max(0, v));
+  const upper = entries.map((one, i) => `${x(i)},${y(inside(one.v_hat_after + spread(one)))}`);
+  const lower = entries.map((one, i) => `${x(i)},${y(inside(one.v_hat_after - spread(one)))}`);
+  const line = entries.map((one, i) => `${x(i)},${y(one.v_hat_after)}`);
+  const words = `Value over ${entries.length} visits, from ${number(entries[0].v_hat_after)} to ${number(entries[entries.length - 1].v_hat_after)}; dots are rewards.`;
+  return html`<figure style="margin:0">
+    <svg viewBox="0 0 ${width} ${height}" role="img" aria-label=${words}>
+      <text x="4" y="16">1</text><text x="4" y=${height - 6}>0</text>
+      <polygon class="band" points=${[...upper, ...lower.reverse()].join(" ")} />
+      <polyline class="mean" points=${line.join(" ")} />
+      ${entries.map((one, i) => html`<circle class=${one.reward > 0.5 ? "hit" : "miss"} cx=${x(i)} cy=${y(one.reward)} r="3" />`)}
+    </svg>
+    <figcaption class="soft">${words}</figcaption>
+  </figure>`;
+}
+
+function Updates({ entries }) {
+  return html`<div class="scroll">
+    <table id="history">
+      <thead>
+        <tr>${["lease", "version", "reward", "v̂ before", "v̂ after", "ρ", "n_eff", "at"].map((name) => html`<th scope="col">${name}</th>`)}</tr>
+      </thead>
+      <tbody>
+        ${[...entries].reverse().map(
+          (one) => html`<tr key=${one.lease_id}>
+            <td>${one.lease_id} <span class="soft">${one.outcome}</span></td>
+            <td>${one.version}</td><td>${number(one.reward, 2)}</td>
+            <td>${number(one.v_hat_before)}</td><td>${number(one.v_hat_after)}</td>
+            <td>${number(one.rho)}</td><td>${number(one.n_eff, 1)}</td><td>${clock(one.at_s)}</td>
+          </tr>`,
+        )}
+      </tbody>
+    </table>
+  </div>`;
+}
+
+export function Story({ id }) {
+  const [story, setStory] = useState({ prompt: null, entries: [], trouble: null });
+  useEffect(() => {
+    let over = false;
+    const ask = async () => {
+      const [prompt, history] = await Promise.all([getJson(`/v1/prompts/${id}`), getJson(`/v1/prompts/${id}/history`)]);
+      if (over) return;
+      setStory((was) => ({
+        prompt: prompt.body ?? was.prompt,
+        entries: history.body ? [...history.body.entries].reverse() : was.entries,
+        trouble: prompt.trouble ?? history.trouble,
+      }));
+    };
+    ask();
+    const timer = setInterval(ask, 2000);
+    return () => {
+      over = true;
+      clearInterval(timer);
+    };
+  }, [id]);
+  const { prompt, entries, trouble } = story;
+  return html`<section aria-label="A prompt's story" id="story">
+    <h2>Prompt ${id}</h2>
+    <p><a href="#/">All prompts</a></p>
+    ${trouble && html`<p class="notice bad">${trouble}</p>`}
+    ${prompt &&
+    html`<pre>${prompt.question}</pre>
+      <details><summary>Answer</summary><pre>${prompt.answer}</pre></details>
+      <div class="cards">
+        <dl class="card"><dt>v̂</dt><dd>${number(prompt.v_hat)}<small>95 %: ${number(prompt.interval[0])} to ${number(prompt.interval[1])}</small></dd></dl>
+        <dl class="card"><dt>n_eff</dt><dd>${number(prompt.n_eff, 1)}<small>observations</small></dd></dl>
+        <dl class="card"><dt>Visits</dt><dd>${whole(prompt.visits)}<small>${prompt.in_flight ? "in flight now" : "not in flight"}</small></dd></dl>
+        <dl class="card"><dt>Source</dt><dd>${prompt.source}<small>${prompt.split}, ${prompt.environment}</small></dd></dl>
+      </div>`}
+    ${entries.length > 0
+      ? html`<h2>Value over visits</h2><${Chart} entries=${entries} /><h2>Updates</h2><${Updates} entries=${entries} />`
+      : html`<p class="soft">No visits yet.</p>`}
+  </section>`;
+}

@@ -1,0 +1,389 @@
+"""What the value store's clients send and receive: typed replies, and its requests written once for both clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from singlestream.contracts import Sampling
+from singlestream.errors import ServiceError
+
+Split = Literal["train", "eval"]
+Order = Literal["id", "value", "weight", "visits", "n_eff", "updated"]
+TrainingState = Literal["running", "paused", "stopping", "stopped", "finished"]
+
+PROMPTS_PER_REQUEST = 2000
+"""Longer lists are sent in parts; the store's bound is its setting ``max_prompts_per_request``."""
+
+
+class Reply(BaseModel):
+    """Base of replies: immutable; fields of a newer store are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class NewPrompt(BaseModel):
+    """A prompt to insert or replace.
+
+    Args:
+        question: the task's text, without any chat template; with ``source`` it makes the prompt's id.
+        answer: ground truth for the grader.
+        source: data set it came from.
+        environment: name of the environment that runs and grades it.
+        split: ``train`` prompts are drawn for training, ``eval`` prompts by jobs only.
+        prior_rewards: offline rewards in [0, 1] for the prior of a prompt without visits; None leaves the prior.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str
+    answer: str
+    source: str = "default"
+    environment: str = "math_python"
+    split: Split = "train"
+    prior_rewards: list[float] | None = None
+
+
+class Value(Reply):
+    """A prompt's posterior: v̂ = α/(α+β) in (0, 1), n_eff in observations, 95 % interval, times in Unix seconds."""
+
+    prompt_id: str
+    alpha: float
+    beta: float
+    v_hat: float
+    n_eff: float
+    visits: int
+    interval: tuple[float, float]
+    version: int | None
+    updated_at_s: float
+    in_flight: bool
+    source: str
+    split: Split
+
+
+class PromptValue(Value):
+    """A prompt and its posterior."""
+
+    question: str
+    answer: str
+    environment: str
+
+
+class HistoryEntry(Reply):
+    """One update of a posterior; n_eff and ``v_hat_after`` after it, ``v_hat_at_lease`` as frozen at the lease."""
+
+    lease_id: str
+    outcome: Literal["trained", "stale"]
+    version: int
+    reward: float
+    rho: float
+    v_hat_before: float
+    v_hat_after: float
+    n_eff: float
+    z: float
+    v_hat_at_lease: float
+    at_s: float
+
+
+class Training(Reply):
+    """What training does; ``waiting_for`` is None while leases are issued."""
+
+    state: TrainingState
+    waiting_for: str | None
+    trained: int
+    total: int
+    outstanding: int
+    headroom: int
+
+
+class Job(Reply):
+    """A job and its totals; means are None before the first reward."""
+
+    job_id: str
+    purpose: Literal["estimate", "evaluate"]
+    state: Literal["running", "finished"]
+    n: int
+    prompts: int
+    total: int
+    done: int
+    failed: int
+    outstanding: int
+    reward_mean: float | None
+    tool_calls_mean: float | None
+    response_tokens_mean: float | None
+    versions: dict[int, int]
+    sampling: Sampling
+    created_at_s: float
+    finished_at_s: float | None
+
+
+class JobResult(Reply):
+    """One result of a job; ``reward`` is None where it failed for good."""
+
+    prompt_id: str
+    repetition: int
+    lease_id: str
+    reward: float | None
+    version: int | None
+    turns: int
+    tool_calls: int
+    action_tokens: int
+    response_tokens: int
+    end_reason: str
+    failures: int
+
+
+class PurposeLedger(Reply):
+    """Leases of one purpose."""
+
+    leased: int
+    outstanding: int
+    trained: int
+    stale: int
+    failed: int
+    scored: int
+    cancelled: int
+    adds_up: bool
+
+
+class Ledger(Reply):
+    """All leases at one moment."""
+
+    train: PurposeLedger
+    estimate: PurposeLedger
+    evaluate: PurposeLedger
+    duplicates: int
+    epoch: str
+
+
+class Version(Reply):
+    """A published policy version and its place on the drift clock."""
+
+    version: int
+    lineage: int
+    z: float
+    drift: float
+    published_at_s: float
+
+
+class Policy(Reply):
+    """Policy versions, oldest first."""
+
+    newest: Version | None
+    z_now: float
+    versions: list[Version]
+
+
+class Bin(Reply):
+    """One bar of a histogram."""
+
+    low: float
+    high: float
+    count: int
+
+
+class ReliabilityBin(Reply):
+    """Leases whose frozen v̂ lies in one tenth, and their rewards."""
+
+    v_hat_low: float
+    v_hat_high: float
+    count: int
+    v_hat_mean: float
+    reward_mean: float
+
+
+class Replica(Reply):
+    """A rollout replica's last report."""
+
+    name: str
+    slots: int
+    in_use: int
+    version: int | None
+    lineage: int | None
+    at_s: float
+    alive: bool
+
+
+class Stats(Reply):
+    """The table at a glance."""
+
+    prompts: int
+    prompts_train: int
+    visited: int
+    visits: int
+    v_hat_mean: float | None
+    v_hat_histogram: list[Bin]
+    n_eff_histogram: list[Bin]
+    sampling_entropy_nats: float
+    sampling_entropy_max_nats: float
+    brier: float | None
+    reliability: list[ReliabilityBin]
+    replicas: list[Replica] = Field(default_factory=list)
+
+
+class Page(Reply):
+    """One page of prompts; ``cursor`` gets the next one, None on the last."""
+
+    prompts: list[PromptValue]
+    cursor: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, before it is sent."""
+
+    method: str
+    path: str
+    json: Any = None
+    params: dict[str, Any] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for httpx."""
+        options: dict[str, Any] = {}
+        if self.json is not None:
+            options["json"] = self.json
+        if self.params is not None:
+            options["params"] = {name: value for name, value in self.params.items() if value is not None}
+        return options
+
+
+T = TypeVar("T")
+
+
+def read_reply(request: Request, reply: httpx.Response, kind: type[T] | TypeAdapter[T]) -> T:
+    """A reply as a model. Raises `ServiceError`."""
+    check_reply(request, reply)
+    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
+    try:
+        return adapter.validate_json(reply.content)
+    except ValidationError as error:
+        detail = f"the reply is not what this client knows: {error}"
+        raise ServiceError("value_store", f"{request.method} {reply.url}", detail, reply.status_code) from error
+
+
+def check_reply(request: Request, reply: httpx.Response) -> None:
+    """Raise `ServiceError` with the store's own words for anything but a success."""
+    if reply.is_success:
+        return
+    try:
+        detail = str(reply.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = reply.text[:2000]
+    status = f"{reply.status_code} {detail}"
+    raise ServiceError("value_store", f"{request.method} {reply.url}", status, reply.status_code)
+
+
+def lost_reply(request: Request, error: httpx.HTTPError) -> ServiceError:
+    """The error of a request that got no reply."""
+    return ServiceError("value_store", f"{request.method} {request.path}", f"{type(error).__name__}: {error}")
+
+
+def token_header(token: str | None) -> dict[str, str]:
+    """Headers that show a token."""
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def upsert_requests(prompts: Sequence[NewPrompt]) -> Iterator[Request]:
+    """Requests of an upsert, in parts. Raises ValueError for a reward outside [0, 1]."""
+    for prompt in prompts:
+        for reward in prompt.prior_rewards or ():
+            if not math.isfinite(reward) or not 0.0 <= reward <= 1.0:
+                raise ValueError(f"prior_rewards of {prompt.question[:80]!r}: {reward} is not in [0, 1]")
+    for start in range(0, len(prompts), PROMPTS_PER_REQUEST):
+        part = prompts[start : start + PROMPTS_PER_REQUEST]
+        yield Request("POST", "/v1/prompts", [prompt.model_dump() for prompt in part])
+
+
+def value_requests(ids: Sequence[str] | None, texts: Sequence[str] | None, source: str | None) -> Iterator[Request]:
+    """Requests of a look-up, in parts. Raises ValueError unless either ids or texts are given."""
+    if (ids is None) == (texts is None):
+        raise ValueError("give either ids or texts")
+    name, items = ("ids", ids) if ids is not None else ("texts", texts)
+    for start in range(0, len(items or ()), PROMPTS_PER_REQUEST):
+        part = list((items or ())[start : start + PROMPTS_PER_REQUEST])
+        yield Request("POST", "/v1/values", {name: part, "source": source})
+
+
+def list_request(filters: dict[str, Any]) -> Request:
+    """Request for one page."""
+    return Request("GET", "/v1/prompts", params=filters)
+
+
+def job_request(
+    purpose: str,
+    split: Split | None,
+    prompt_ids: Sequence[str] | None,
+    n: int,
+    limit: int | None,
+    sampling: Sampling | None,
+) -> Request:
+    """Request for a job."""
+    body = {
+        "purpose": purpose,
+        "split": split,
+        "prompt_ids": list(prompt_ids) if prompt_ids is not None else None,
+        "n": n,
+        "limit": limit,
+        "sampling": sampling.model_dump() if sampling else None,
+    }
+    return Request("POST", "/v1/jobs", body)
+
+
+class Ids(Reply):
+    """Ids of an upsert, in its order."""
+
+    ids: list[str]
+
+
+class Values(Reply):
+    """Values of a look-up, in its order."""
+
+    values: list[Value | None]
+
+
+class Preview(Reply):
+    """A draw that leases nothing."""
+
+    prompts: list[Value]
+
+
+class History(Reply):
+    """Updates of one prompt, newest first."""
+
+    entries: list[HistoryEntry]
+
+
+JOBS = TypeAdapter(list[Job])
+
+
+Format = Literal["ndjson", "parquet", "offline_values"]
+
+
+class Imported(Reply):
+    """What an import did: prompts inserted or updated, those with a prior, and texts of no known prompt."""
+
+    prompts: int
+    priors: int
+    unknown: int
+
+
+def import_request(format: Format, source: str | None) -> Request:
+    """Request of an import; its body is the file."""
+    return Request("POST", "/v1/import", params={"format": format, "source": source})
+
+
+def export_request(format: Format, job: str | None) -> Request:
+    """Request of an export."""
+    return Request("GET", "/v1/export", params={"format": format, "job": job})
+
+
+def format_of(path: Path) -> Format:
+    """Format by a file's name: .parquet, .json (the recipe's offline values), else NDJSON."""
+    formats: dict[str, Format] = {".parquet": "parquet", ".json": "offline_values"}
+    return formats.get(path.suffix, "ndjson")

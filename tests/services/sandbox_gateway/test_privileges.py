@@ -1,0 +1,57 @@
+"""The gateway never runs as root, whoever starts it, and runs as an ordinary user as well."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.sandbox_gateway.privileges import UNPRIVILEGED_ID
+from tests.services.sandbox_gateway.gateway import Gateway
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_no_process_of_the_gateway_is_root(gateway: Gateway) -> None:
+    family = [psutil.Process(gateway.process.pid), *gateway.descendants()]
+    expected = UNPRIVILEGED_ID if os.getuid() == 0 else os.getuid()
+    assert {uid for process in family for uid in process.uids()} == {expected}
+
+
+def test_runs_have_no_privileges(gateway: Gateway) -> None:
+    """Seen from outside, through the kernel's own account of a run in progress."""
+    known = {p.pid for p in gateway.descendants()}
+    running = threading.Thread(target=gateway.run, args=("import time; time.sleep(3)",))
+    running.start()
+    status: dict[str, str] = {}
+    while running.is_alive() and not status:
+        for process in gateway.descendants():
+            if process.pid not in known and "Seccomp:\t2" in (text := Path(f"/proc/{process.pid}/status").read_text()):
+                status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    running.join()
+    assert status["NoNewPrivs"] == "1"
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert status["Threads"].strip() == "1"
+    assert status["NSpid"].split()[-1] == "2"
+
+
+def test_without_namespaces_it_refuses_and_says_why() -> None:
+    """A host that grants no user namespaces, made by a limit of zero on them in a namespace of the test's own."""
+    deny = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    wrapper = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", deny, "sh"]
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode != 0:
+        pytest.skip("this host cannot be made to refuse namespaces")
+    program = (
+        "import sys; from services.sandbox_gateway.check import check;"
+        "from singlestream.config import SandboxGatewayConfig as C; sys.exit(0 if check(C(preload=())) else 78)"
+    )
+    command = [*wrapper, sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == os.EX_CONFIG, done.stdout + done.stderr
+    assert "FAIL isolation" in done.stdout
+    assert "max_user_namespaces" in done.stdout
