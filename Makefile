@@ -16,7 +16,8 @@ demo-smollm2: setup .cache/models/smollm2/config.json  ## The same with SmolLM2-
 .cache/models/smollm2/config.json:
 	@.venv/bin/python -m services.learner.make_model smollm2 .cache/models/smollm2
 
-test: setup  ## Run every test.
+test:  ## Run every test.
+	@scripts/setup --tests
 	@.venv/bin/python -m pytest
 
 check: setup  ## Lint, format, types.

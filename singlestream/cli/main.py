@@ -14,7 +14,6 @@ import typer
 
 from singlestream.cli import values
 from singlestream.cli.scale import scale
-from singlestream.cli.scale import scale
 from singlestream.errors import SinglestreamError
 
 app = typer.Typer(

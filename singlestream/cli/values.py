@@ -149,6 +149,30 @@ def stats(config: ConfigOption, as_json: JsonOption = False) -> None:
     _table("calibration", ["v̂ at the lease", "leases", "mean v̂", "mean reward"], rows)
 
 
+@app.command(name="import")
+def import_(
+    config: ConfigOption,
+    path: Annotated[Path, typer.Argument(exists=True, help=".ndjson, .jsonl, .parquet, or the recipe's .json.")],
+    source: Annotated[str | None, typer.Option(help="Source of prompts that name none.")] = None,
+) -> None:
+    """Insert prompts, with priors where the file has rewards."""
+    with _store(config) as store:
+        answer = store.import_file(path, source)
+    _json(answer)
+
+
+@app.command()
+def export(
+    config: ConfigOption,
+    path: Annotated[Path, typer.Argument(help=".ndjson or .parquet: prompts and values; .json: a job's rewards.")],
+    job: Annotated[str | None, typer.Option(help="Estimation job, for .json.")] = None,
+) -> None:
+    """Write every prompt and its value to a file."""
+    with _store(config) as store:
+        store.export_file(path, job)
+    typer.echo(f"{path}: {path.stat().st_size} bytes")
+
+
 def ledger(config: ConfigOption, as_json: JsonOption = False) -> None:
     """Where every lease is, by purpose."""
     with _store(config) as store:

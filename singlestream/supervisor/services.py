@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 from redis.asyncio import Redis
@@ -84,17 +85,18 @@ def specs(config: Config, config_path: Path, server: EmbeddedRedis, redis: Redis
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONUNBUFFERED": "1",
     }
-    python = sys.executable
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.learner.ranks}"]
 
-    def service(name: str, listening: Listening) -> Spec:
-        return Spec(name, [python, "-m", f"services.{name}"], http_ready(listening), env)
+    def service(name: str, ready: Callable[[], Awaitable[str | None]], **changes: Any) -> Spec:
+        return Spec(name, [sys.executable, "-m", f"services.{name}"], ready, env, **changes)
 
-    learner = Spec(
-        "learner", [*torchrun, "-m", "services.learner"], learner_ready(redis, keys), env, ready_s=300.0, completes=True
-    )
     return [
         [Spec("redis", server.command(), redis_ready(redis))],
-        [service("sandbox_gateway", config.sandbox_gateway), service("value_store", config.value_store)],
-        [service("rollout", config.rollout), learner],
+        [
+            service("sandbox_gateway", http_ready(config.sandbox_gateway)),
+            service("value_store", http_ready(config.value_store)),
+        ],
+        [
+            service("rollout", http_ready(config.rollout), ready_s=600.0),
+            service("learner", learner_ready(redis, keys), ready_s=300.0, completes=True),
+        ],
     ]

@@ -16,7 +16,7 @@ Running = Callable[[Callable[[Run], Awaitable[None]]], Awaitable[None]]
 async def test_the_learner_is_killed(running: Running) -> None:
     async def body(run: Run) -> None:
         await run.until(lambda: len(run.steps()) >= 5, "five steps")
-        run.process("learner", "services.learner").kill()
+        run.process("learner").kill()
         await run.until(lambda: run.supervisor.children["learner"].restarts == 1, "the restart")
         await run.finished_cleanly()
 
