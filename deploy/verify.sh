@@ -45,36 +45,8 @@ say "up"
 "${COMPOSE[@]}" up -d --wait --wait-timeout "$DEADLINE_S" --no-build --pull never >/dev/null 2>&1 || die "not everything became healthy"
 "${COMPOSE[@]}" ps --format 'table {{.Name}}\t{{.Status}}'
 
-say "from the sandbox's container nothing is reachable"
-mapfile -t IDS < <("${COMPOSE[@]}" ps -q)
-ADDRESSES=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}' "${IDS[@]}" | tr '\n' ' ')
-GATEWAY=$("${COMPOSE[@]}" ps -q sandbox_gateway)
-OWN=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$GATEWAY")
-# shellcheck disable=SC2086  # a list of addresses
-docker exec -i "$GATEWAY" python3 - "$OWN" $ADDRESSES <<'PY' || die "the sandbox reaches what it must not"
-import socket, sys
-own, *others = sys.argv[1:]
-ports = (22, 53, 80, 443, 2375, 3000, 6379, 8100, 8101, 8102, 8103, 8265, 9090)
-targets = [(host, port) for host in sorted(set(others) - {own}) for port in ports]
-targets += [("1.1.1.1", 53), ("8.8.8.8", 443), ("169.254.169.254", 80)]
-reached = []
-for target in targets:
-    try:
-        socket.create_connection(target, timeout=0.5).close()
-        reached.append(target)
-    except OSError:
-        pass
-for name in ("redis", "value_store", "learner"):
-    try:
-        reached.append((name, socket.gethostbyname(name)))
-    except OSError:
-        pass
-print(f"  {len(targets)} addresses and ports tried, {len(reached)} reached {reached or ''}")
-sys.exit(bool(reached))
-PY
-
 say "a fresh run trains $STEPS steps"
-BATCH=$("${COMPOSE[@]}" exec -T value_store python3 -c 'from singlestream.config import load_config; print(load_config().run.train_batch_size)')
+BATCH=$("${COMPOSE[@]}" exec -T value_store deploy/entrypoint python3 -c 'from singlestream.config import load_config; print(load_config().run.train_batch_size)')
 wait_for "$STEPS steps" trained $((STEPS * BATCH))
 store /v1/training
 store "/v1/stats" | field "'  visits %d, mean posterior %.3f, Brier %s' % (d['visits'], d['v_hat_mean'], d['brier'])"
@@ -107,4 +79,36 @@ print(f"  {len(asked)} metrics asked for, {len(missing)} missing {sorted(missing
 sys.exit(bool(missing))
 PY
 rm -f /tmp/singlestream-metrics.$$
+say "from the sandbox's container nothing is reachable"
+mapfile -t IDS < <("${COMPOSE[@]}" ps -q)
+ADDRESSES=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}' "${IDS[@]}" | tr '\n' ' ')
+GATEWAY=$("${COMPOSE[@]}" ps -q sandbox_gateway)
+OWN=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$GATEWAY")
+# shellcheck disable=SC2086  # a list of addresses
+docker exec -i "$GATEWAY" python3 - "$OWN" $ADDRESSES <<'PY' || die "the sandbox reaches what it must not"
+import socket, sys
+from concurrent.futures import ThreadPoolExecutor
+own, *others = sys.argv[1:]
+ports = (22, 53, 80, 443, 2375, 3000, 6379, 8100, 8101, 8102, 8103, 8265, 9090)
+targets = [(host, port) for host in sorted(set(others) - {own}) for port in ports]
+targets += [("1.1.1.1", 53), ("8.8.8.8", 443), ("169.254.169.254", 80)]
+
+def answers(target):
+    try:
+        socket.create_connection(target, timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+with ThreadPoolExecutor(32) as pool:
+    reached = [target for target, yes in zip(targets, pool.map(answers, targets)) if yes]
+for name in ("redis", "value_store", "learner"):
+    try:
+        reached.append((name, socket.gethostbyname(name)))
+    except OSError:
+        pass
+print(f"  {len(targets)} addresses and ports tried, {len(reached)} reached {reached or ''}")
+sys.exit(bool(reached))
+PY
+
 say "done"

@@ -37,7 +37,7 @@ class RunConfig(Section):
     total_steps: int = Field(gt=0)
     """Optimizer steps of the whole run."""
     train_batch_size: int = Field(default=256, gt=0)
-    """Trajectories of one optimizer step (DESIGN.md's default)."""
+    """Trajectories of one optimizer step (docs/design.md's default)."""
     max_staleness: int = Field(default=4, ge=0)
     """Optimizer updates that generation may run ahead (I4); 0 is synchronous training."""
     hard_staleness: int | None = Field(default=None, ge=0)
@@ -86,21 +86,21 @@ class ValueStoreConfig(Listening):
     write_token: SecretStr | None = None
     """Bearer token that may read and write; None: no token is asked for, on loopback only."""
     retention: Literal["constant", "kl", "event", "drift"] = "drift"
-    """How fast old evidence fades (DESIGN.md, the value store)."""
+    """How fast old evidence fades (docs/design.md, the value store)."""
     rho_constant: float = Field(default=0.92, gt=0.0, lt=1.0)
     """ρ of ``constant``: the geometric middle of the band below."""
     rho_min: float = Field(default=0.875, gt=0.0, lt=1.0)
-    """Floor of ρ: a window of 8 observations (SPO.md)."""
+    """Floor of ρ: a window of 8 observations (docs/spo.md)."""
     rho_max: float = Field(default=0.96, gt=0.0, lt=1.0)
-    """Ceiling of ρ: a window of 25 observations (SPO.md)."""
+    """Ceiling of ρ: a window of 25 observations (docs/spo.md)."""
     rho_event: float = Field(default=0.875, gt=0.0, lt=1.0)
-    """ρ of one policy version in ``event`` (SPO++; SPO.md)."""
+    """ρ of one policy version in ``event`` (SPO++; docs/spo.md)."""
     training: Literal["paused", "running"] = "paused"
     """What training does in a run that has no state yet: wait for priors and prompts, or lease at once."""
     sampling: Literal["uncertainty", "uniform", "thompson"] = "uncertainty"
     """How prompts are drawn."""
     epsilon: float = Field(default=0.05, gt=0.0)
-    """Exploration: added to every weight √(v̂(1−v̂)) (SPO.md)."""
+    """Exploration: added to every weight √(v̂(1−v̂)) (docs/spo.md)."""
     gamma: float = Field(default=0.0, ge=0.0, le=1.0)
     """The weight is divided by n_eff^γ (ICLR version of SPO); 0 switches that off."""
     history_entries: int = Field(default=256, gt=0)
@@ -146,7 +146,7 @@ class RolloutConfig(Listening):
     max_response_tokens: int = Field(default=2048, ge=1)
     """Tokens after the prompt, observations included."""
     max_turns: int = Field(default=8, ge=1)
-    """Model turns of an episode (SPO.md)."""
+    """Model turns of an episode (docs/spo.md)."""
     max_tool_calls: int = Field(default=16, ge=0)
     """Code blocks run in one episode."""
     max_observation_chars: int = Field(default=2000, ge=1)
@@ -193,17 +193,17 @@ class LearnerConfig(Section):
     ranks: int = Field(default=1, ge=1)
     """Processes on this machine; one a GPU, or gloo ranks on CPU."""
     lr: float = Field(default=1e-6, gt=0.0)
-    """Learning rate (SPO.md)."""
+    """Learning rate (docs/spo.md)."""
     weight_decay: float = Field(default=0.1, ge=0.0)
-    """AdamW's (SPO.md)."""
+    """AdamW's (docs/spo.md)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's."""
     grad_norm: float = Field(default=1.0, gt=0.0)
-    """Gradients are clipped to this norm (SPO.md)."""
+    """Gradients are clipped to this norm (docs/spo.md)."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from lr/warmup_steps."""
     normaliser: Literal["token", "trajectory"] = "token"
-    """Over what advantages are standardised (DESIGN.md, the learner)."""
+    """Over what advantages are standardised (docs/design.md, the learner)."""
     old: Literal["sg", "behaviour"] = "sg"
     """Old policy of the ratio: the learner's own at the start of the batch, or the engine's."""
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
@@ -211,7 +211,7 @@ class LearnerConfig(Section):
     clip_high: float = Field(default=0.28, gt=0.0)
     """r is clipped above at 1 + clip_high."""
     dual_clip: float = Field(default=10.0, gt=1.0)
-    """For A < 0 the objective is at least dual_clip·A (SPO.md, R)."""
+    """For A < 0 the objective is at least dual_clip·A (docs/spo.md, R)."""
     truncation: float | None = Field(default=2.0, gt=0.0)
     """Cap of the importance weight e^(p−b); None switches truncation and masking off."""
     ratio_mask: float = Field(default=8.0, gt=1.0)
@@ -227,9 +227,9 @@ class LearnerConfig(Section):
     logprob_chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose logits are in memory at a time."""
     d_half: float = Field(default=0.06, gt=0.0)
-    """Mean |Δ log p| that halves old evidence (SPO.md, R)."""
+    """Mean |Δ log p| that halves old evidence (docs/spo.md, R)."""
     probe_tokens: int = Field(default=32_768, ge=1)
-    """Action tokens of the next batch that the drift clock probes (DESIGN.md)."""
+    """Action tokens of the next batch that the drift clock probes (docs/design.md)."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -246,12 +246,14 @@ class LearnerConfig(Section):
     @model_validator(mode="after")
     def _one_mechanism(self) -> LearnerConfig:
         if self.old == "behaviour" and self.truncation is not None:
-            raise ValueError('old = "behaviour" and truncation act on one ratio: set one of them (DESIGN.md, loss)')
+            raise ValueError(
+                'old = "behaviour" and truncation act on one ratio: set one of them (docs/design.md, loss)'
+            )
         return self
 
 
 class SandboxGatewayConfig(Listening):
-    """The sandbox gateway (SANDBOX.md has the measurements behind the defaults)."""
+    """The sandbox gateway (docs/sandbox.md has the measurements behind the defaults)."""
 
     port: int = Field(default=8101, ge=1, le=65535)
     slots: int | None = Field(default=None, ge=1)
@@ -265,11 +267,17 @@ class SandboxGatewayConfig(Listening):
     max_timeout_s: float = Field(default=60.0, gt=0.0)
     """Largest wall time a request may ask for."""
     preload: tuple[str, ...] = ("numpy", "scipy", "sympy", "mpmath", "networkx", "pandas")
-    """Modules imported before the first run; all of them must be installed. Others that are installed work too, only slower."""
+    """Modules imported before the first run; all of them must be installed.
+
+    Others that are installed work too, only slower.
+    """
     python: Path | None = None
     """Interpreter whose libraries the runs see; None means the gateway's own."""
     recycle_runs: int = Field(default=20_000, ge=1)
-    """Runs after which a zygote is replaced by a fresh one, in the background: forks of one zygote share their memory layout."""
+    """Runs after which a zygote is replaced by a fresh one, in the background.
+
+    Forks of one zygote share their memory layout.
+    """
     recycle_s: float = Field(default=3600.0, gt=0.0)
     """Age in seconds after which a zygote is replaced, for the same reason."""
 

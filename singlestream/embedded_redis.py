@@ -25,7 +25,7 @@ class EmbeddedRedis:
 
     Args:
         folder: holds the append-only file, the log and the socket; made if missing. Data in it is loaded again.
-        fsync: ``always`` loses nothing that was answered (DESIGN.md); ``everysec`` may lose the last second.
+        fsync: ``always`` loses nothing that was answered (docs/design.md); ``everysec`` may lose the last second.
     """
 
     def __init__(self, folder: Path, fsync: str = "always") -> None:

@@ -56,7 +56,7 @@ class DeadlineExceeded(SinglestreamError):
 
 
 class Fenced(SinglestreamError):
-    """Another process holds the fence: this one is a zombie and must not write again (DESIGN.md, I12)."""
+    """Another process holds the fence: this one is a zombie and must not write again (docs/design.md, I12)."""
 
 
 class UnknownOutcome(SinglestreamError):

@@ -1,7 +1,8 @@
 """The drift clock: how far one update moved the policy, in units of the drift that halves old evidence.
 
 At each publication the clock z advances by mean |log π_{k+1} − log π_k| / D_half over a probe of action tokens. The
-probe is the beginning of the *next* batch, since a batch just trained on reads 1.1–1.6 × high (DESIGN.md, ``drift``).
+probe is the beginning of the *next* batch, since a batch just trained on reads 1.1–1.6 × high (docs/design.md,
+``drift``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Admission: how many training leases may be issued now (DESIGN.md, I4).
+"""Admission: how many training leases may be issued now (docs/design.md, I4).
 
 A pure state machine, without clock or client.
 """

@@ -102,7 +102,7 @@ def update(alpha: ArrayLike, beta: ArrayLike, rho: ArrayLike, reward: ArrayLike)
         alpha: [P] > 0.
         beta: [P] > 0.
         rho: [P] in (0, 1].
-        reward: [P] finite, in [0, 1]; the caller has refused anything else (DESIGN.md, I10).
+        reward: [P] finite, in [0, 1]; the caller has refused anything else (docs/design.md, I10).
     """
     alpha, beta, rho, reward = (np.asarray(x, np.float64) for x in (alpha, beta, rho, reward))
     return np.maximum(rho * alpha + reward, FLOOR), np.maximum(rho * beta + (1.0 - reward), FLOOR)
@@ -111,7 +111,7 @@ def update(alpha: ArrayLike, beta: ArrayLike, rho: ArrayLike, reward: ArrayLike)
 def update_ema(v: ArrayLike, n_eff: ArrayLike, rho: ArrayLike, reward: ArrayLike) -> tuple[Floats, Floats]:
     """The same update as a moving average: η = 1/(ρ·n + 1), v̂ ← v̂ + η(r − v̂), n ← ρn + 1; returns (v̂, n_eff).
 
-    Exact for any reward in [0, 1]. P prints η = 1/(n + 1), which forgets that n has been decayed (SPO.md).
+    Exact for any reward in [0, 1]. P prints η = 1/(n + 1), which forgets that n has been decayed (docs/spo.md).
     """
     v, n_eff, rho, reward = (np.asarray(x, np.float64) for x in (v, n_eff, rho, reward))
     n_new = rho * n_eff + 1.0

@@ -13,7 +13,7 @@ Purpose = Literal["train", "estimate", "evaluate"]
 
 
 class Sampling(Message):
-    """How the engine samples. Training uses temperature 1 and top-p 1 (SPO.md)."""
+    """How the engine samples. Training uses temperature 1 and top-p 1 (docs/spo.md)."""
 
     temperature: float = Field(ge=0.0)
     """0 means greedy."""
@@ -57,7 +57,9 @@ class Lease(Message):
     version: int = Field(ge=0)
     """Newest policy version at issue; no replica starts the lease on an older one of that lineage."""
     lineage: int = Field(default=0, ge=0)
-    """Lineage of that version. After a learner went back to its checkpoint, weights of a later lineage will do, whatever
+    """Lineage of that version.
+
+    After a learner went back to its checkpoint, weights of a later lineage will do, whatever
     their version: the version asked for may not exist again before this very lease is trained."""
     sampling: Sampling
     job: str | None = None

@@ -15,7 +15,7 @@ The epoch is drawn at each start of the value store; n counts from 1 within purp
 """
 
 Reward = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-"""A finite number in [0, 1] (DESIGN.md, I10)."""
+"""A finite number in [0, 1] (docs/design.md, I10)."""
 
 
 class Message(BaseModel):

@@ -1,6 +1,6 @@
 """A replica's side of the lease stream.
 
-Take, keep alive, and end or hand over, each end in one script (DESIGN.md, life of a trajectory).
+Take, keep alive, and end or hand over, each end in one script (docs/design.md, life of a trajectory).
 
 ``live[lease]`` names the entry that holds the lease. A script that ends or moves the lease first compares it with the
 caller's entry, so the first finisher wins whoever it is, and a second changes nothing: a zombie, a claimed entry or a

@@ -1,6 +1,6 @@
 """The value store's side.
 
-Leases, values and the ledger, each change one script behind the store's fence (DESIGN.md, I1, I2, I12).
+Leases, values and the ledger, each change one script behind the store's fence (docs/design.md, I1, I2, I12).
 
 Every write compares the fence with this store's epoch, and those that apply a stream compare its cursor too, so a
 change happens once or not at all. A reply that is lost, a server that has restarted (its script cache is empty) or a

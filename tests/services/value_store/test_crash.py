@@ -41,7 +41,7 @@ async def posteriors(redis: Redis, keys: Keys) -> dict[str, tuple[float, float]]
 
 
 def replay(rewards: list[tuple[int, float]]) -> tuple[float, float]:
-    """α and β by hand, from evidence (version, reward) in order, with z = version / 20 (SPO.md)."""
+    """α and β by hand, from evidence (version, reward) in order, with z = version / 20 (docs/spo.md)."""
     alpha = beta = 0.5
     z_last: float | None = None
     for version, reward in rewards:
