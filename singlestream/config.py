@@ -188,8 +188,10 @@ class RolloutConfig(Listening):
 class LearnerConfig(Section):
     """The learner."""
 
+    metrics_host: str = "127.0.0.1"
+    """Address of rank 0's metrics, which tell no prompt and take no command."""
     metrics_port: int = Field(default=8103, ge=1, le=65535)
-    """Rank 0 serves Prometheus metrics here, on loopback."""
+    """Port of rank 0's Prometheus metrics."""
     ranks: int = Field(default=1, ge=1)
     """Processes on this machine; one a GPU, or gloo ranks on CPU."""
     lr: float = Field(default=1e-6, gt=0.0)

@@ -60,7 +60,7 @@ class Learner:
         self._metrics = Metrics()
         if ranks.first:
             status = Status(total_steps=self.total_steps)
-            self._server = MetricsServer(self._metrics, status, self.settings.metrics_port)
+            self._server = MetricsServer(self._metrics, status, self.settings.metrics_host, self.settings.metrics_port)
             self.link = RedisLink(config.run.redis_url, Keys(config.run.name), status, self.settings.redis_deadline_s)
         self.policy = Policy(config.run.model, self.settings, config.run.temperature, ranks)
         self.checkpoints = Checkpoints(

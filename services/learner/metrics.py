@@ -1,4 +1,4 @@
-"""Rank 0's HTTP: ``/metrics`` for Prometheus, ``/healthz`` and ``/readyz``, on loopback."""
+"""Rank 0's HTTP: ``/metrics`` for Prometheus, ``/healthz`` and ``/readyz``."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ class MetricsServer:
         ConfigError: the port cannot be bound; says which and why.
     """
 
-    def __init__(self, metrics: Metrics, status: Status, port: int) -> None:
+    def __init__(self, metrics: Metrics, status: Status, host: str, port: int) -> None:
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(metrics, status))
+            self._server = ThreadingHTTPServer((host, port), _handler(metrics, status))
         except OSError as error:
-            raise ConfigError(f"learner.metrics_port: cannot bind 127.0.0.1:{port}: {error.strerror}") from error
+            raise ConfigError(f"learner.metrics_port: cannot bind {host}:{port}: {error.strerror}") from error
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()

@@ -33,6 +33,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(480)
 
 ROOT = Path(__file__).resolve().parents[3]
 SLOTS = 4
+MANY = 160
+"""Leases for many rounds of all slots: whenever a replica is touched, it has some in its hands."""
 RESPONSE_TOKENS = 400
 START_S = 240.0
 LEASE_TIMEOUT_S = 4.0
@@ -179,7 +181,7 @@ async def test_a_second_replica_joins_and_loads_the_newest_weights_first(service
 
 async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> None:
     before = await service.redis.xlen(service.keys.trajectories)
-    first, last = await service.add(16, 1)
+    first, last = await service.add(MANY, 1)
     killed, frozen = sorted(await service.busy(2))
 
     children = engine_processes(killed)
@@ -194,7 +196,7 @@ async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> 
     await asyncio.sleep(LEASE_TIMEOUT_S + 1)
     os.kill(stopped[0], signal.SIGCONT)
 
-    ended = (await service.ended(before + 16))[before:]
+    ended = (await service.ended(before + MANY))[before:]
     assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in range(first, last))
     assert max(one.attempts for one in ended) >= 2
     assert await service.redis.hlen(service.keys.live) == 0
@@ -202,7 +204,7 @@ async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> 
     # Serve brings another, which loads the newest weights before it takes a lease
     await service.until(lambda told: set(told) - {killed, frozen}, 1, "new replicas")
     await service.add(12, 1)
-    ended = (await service.ended(before + 28))[before + 16 :]
+    ended = (await service.ended(before + MANY + 12))[before + MANY :]
     assert {s.version for one in ended for s in one.segments if s.version is not None} == {1}
     newcomers = {s.replica for one in ended for s in one.segments if s.replica} - {killed, frozen}
     assert newcomers
@@ -272,7 +274,7 @@ async def test_the_openai_client_works(service: Service) -> None:
 
 async def test_a_stopped_service_hands_everything_over(service: Service) -> None:
     before = await service.redis.xlen(service.keys.trajectories)
-    await service.add(8, 1)
+    await service.add(MANY, 1)
     await service.busy(1)
     children = psutil.Process(service.process.pid).children(recursive=True)
     service.process.send_signal(signal.SIGTERM)
@@ -281,7 +283,7 @@ async def test_a_stopped_service_hands_everything_over(service: Service) -> None
     assert not alive
     finished = await service.redis.xlen(service.keys.trajectories) - before
     waiting = [decode(f[b"m"]) for _, f in await service.redis.xrange(service.keys.leases("train"))]
-    assert finished + len(waiting) == 8
+    assert finished + len(waiting) == MANY
     carried = [one.progress for one in waiting if isinstance(one, Lease) and one.progress is not None]
     assert carried
     assert all(len(progress.segments[-1].token_ids) > 0 for progress in carried)
