@@ -37,6 +37,6 @@ async def up(config_path: Path, prompts: Path | None, paused: bool) -> None:
                 console.print(f"{len(await store.upsert(rows))} prompts posted")
             if not paused:
                 await store.set_training("running")
-        console.print(f"the value store answers at {store_url(config)} (its interface: /docs)")
+        console.print(f"the page: {store_url(config)}/ (REST: {store_url(config)}/v1/openapi.json)")
         await supervisor.watch(show_until(supervisor, console, lambda: supervisor.learner_completed))
         console.print(f"all {config.run.total_steps} steps are trained; {config.run.dir / 'steps.jsonl'} has them")

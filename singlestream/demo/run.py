@@ -96,7 +96,7 @@ class Demo:
         shutil.rmtree(self.config.run.dir, ignore_errors=True)
         shutil.rmtree(self.config.run.weights_path, ignore_errors=True)
         async with Supervisor(self.config, self.config_path, self._say) as supervisor, self.store:
-            self._say(f"services are up after {time.monotonic() - started:.0f} s")
+            self._say(f"services are up after {time.monotonic() - started:.0f} s; the page: {store_url(self.config)}/")
             summary, episodes = await supervisor.watch(self._phases(supervisor))
         summary["wall_s"] = time.monotonic() - started
         self._write(summary, episodes)

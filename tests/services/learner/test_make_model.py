@@ -54,7 +54,7 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path, capsys: p
 def test_larger_number_prompts_are_split_and_right() -> None:
     rows = larger_number_prompts(3)
     questions = [row["question"] for row in rows]
-    assert len(set(questions)) == len(rows) == 1024 + 256
+    assert len(set(questions)) == len(rows) == 256 + 256
     assert sum(row["split"] == "eval" for row in rows) == 256
     assert all(row["answer"] in row["question"] and row["environment"] == "single_turn/exact" for row in rows)
 
