@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Iterator
 
 import uvicorn
@@ -91,9 +92,24 @@ async def run(config: Config) -> None:
             task.result()  # a loop that has ended has failed: its error ends the process
     finally:
         server.should_exit = True
-        for task in tasks:
-            task.cancel()
-        for task in (*tasks, http):
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        await _end(tasks)
+        await asyncio.wait([http], timeout=2 * SHUTDOWN_S)
+        for task in (*tasks, http):  # only the first error ends the process; the others follow from it
+            if task.done() and not task.cancelled():
+                task.exception()
         await redis.aclose()
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel the loops until each has ended, within `SHUTDOWN_S`.
+
+    Once is not enough: a cancellation that meets an expired time-out inside the Redis client (a process that was
+    stopped and goes on has many) comes out as a lost connection, and the loop waits for a Redis nobody reads.
+    """
+    deadline = time.monotonic() + SHUTDOWN_S
+    while (running := [task for task in tasks if not task.done()]) and time.monotonic() < deadline:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running, timeout=0.2)
+    if running:
+        log.error("%s did not end within %d s", ", ".join(task.get_name() for task in running), SHUTDOWN_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -45,7 +46,11 @@ async def test_equality(pool: MathPool, truth: str, answer: str, equal: bool) ->
 async def test_a_comparison_that_hangs_is_killed_and_the_pool_goes_on() -> None:
     pool = MathPool(processes=1, deadline_s=10.0)
     assert await pool.equal("\\frac12", "0.5")
-    pool.deadline_s = 0.001
+    frozen = pool._idle.get_nowait()
+    assert frozen is not None
+    frozen.send_signal(signal.SIGSTOP)
+    pool._idle.put_nowait(frozen)
+    pool.deadline_s = 0.5
     assert not await pool.equal("\\frac12", "0.5")
     assert pool.timeouts == 1
     pool.deadline_s = 10.0
