@@ -86,7 +86,7 @@ async def test_the_page_lives_with_the_run(page: Page, keys: Keys, tmp_path: Pat
             await story(page, ids, redis, keys)
             await phone(page)
             server.stop()
-            await expect(page.locator("#trouble")).to_contain_text("The value store waits for Redis", timeout=30_000)
+            await expect(page.get_by_text("The value store waits for Redis").first).to_be_visible(timeout=30_000)
             await expect(page.locator("#overview")).to_be_visible()
             await shoot(page, "redis-away")
             server.start()
