@@ -76,7 +76,7 @@ def learner_ready(redis: Redis, keys: Keys) -> Callable[[], Awaitable[str | None
 def specs(config: Config, config_path: Path, server: EmbeddedRedis, redis: Redis) -> list[list[Spec]]:
     """The services in starting order; those of one inner list start together."""
     keys = Keys(config.run.name)
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
     env = {
         "SINGLESTREAM_CONFIG": str(config_path.resolve()),
         "SINGLESTREAM_RUN__REDIS_URL": server.url,
