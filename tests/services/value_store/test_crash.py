@@ -195,6 +195,7 @@ async def test_one_lost_reply_of_every_kind_of_command(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 async def test_redis_killed_and_its_file_cut_while_the_services_run(keys: Keys) -> None:
     """Leases, trajectories and updates of the last moment are gone; what is left goes on and adds up."""
     rng = random.Random(10)
@@ -231,7 +232,9 @@ async def test_redis_killed_and_its_file_cut_while_the_services_run(keys: Keys) 
                         file.truncate(size - rng.randrange(2000, 12_000))
                     await asyncio.sleep(0.3)
                     server.start()
-                    await until(lambda then=rebuilds: store.rebuilds > then, "the store to read again")
+                    # a request caught by the restart is given up after the socket's 30 s
+                    again = lambda then=rebuilds: store.rebuilds > then  # noqa: E731
+                    await until(again, "the store to read again", deadline_s=60)
                     world.cursor = "0-0"  # the learner's checkpoint: it sends its updates again
                 await store.set_training("stopped")
 
