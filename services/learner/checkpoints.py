@@ -173,7 +173,7 @@ class Checkpoints:
         beside = self.folder / f".{name}.partial"
         if position is not None:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            beside.mkdir(parents=True, exist_ok=True)  # another rank's writer may have made it since
         writer = FileSystemWriter(beside, single_file_per_rank=True, sync_files=True)
         dcp.save(_tensors(self.policy), storage_writer=writer)
         if position is None:
