@@ -1,6 +1,6 @@
 """Optimizer steps on one fixed batch, each way in its own process: ours, bare transformers + AdamW, TRL's trainer.
 
-``python -m benchmarks.learner_workers {ours,bare-padded,bare-packed,trl,peak} SETTINGS`` prints one JSON object.
+``python -m benchmarks.learner_workers WAY SETTINGS`` prints one JSON object; `WAYS` has the ways.
 Every way trains the same random model on the same trajectories, in fp32, with the same loss weights.
 """
 
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from services.learner.packing import cut
 
 LR = 1e-5
 
@@ -68,7 +70,7 @@ def timed(step: Callable[[], Any], repetitions: int) -> dict[str, float]:
     return {"median_s": statistics.median(seconds), "best_s": min(seconds)}
 
 
-def our_policy(settings: dict[str, Any], folder: str) -> Any:
+def our_policy(settings: dict[str, Any], folder: str, attention: str, recompute: bool = False) -> Any:
     """The learner's policy on one rank."""
     from services.learner.policy import Policy
     from services.learner.ranks import Ranks
@@ -76,8 +78,9 @@ def our_policy(settings: dict[str, Any], folder: str) -> Any:
 
     build(settings["model"]).save_pretrained(folder)
     learner = LearnerConfig(
-        lr=LR, compute_dtype="float32", micro_batch_tokens=settings["micro_batch_tokens"], attention="padded"
-    )
+        lr=LR, compute_dtype="float32", micro_batch_tokens=settings["micro_batch_tokens"], attention=attention,
+        gradient_checkpointing=recompute,
+    )  # fmt: skip
     return Policy(Path(folder), learner, 1.0, Ranks(60))
 
 
@@ -91,31 +94,36 @@ def our_samples(rows: list[tuple[np.ndarray, np.ndarray]], rewards: np.ndarray) 
         tokens = np.r_[prompt, response].astype(np.int64)
         behaviour = np.where(action, -5.0, 0.0).astype(np.float32)
         age = np.where(action, 0, -1).astype(np.int32)
-        fields = (float(rewards[place] > 0), 0.5, tokens, action, action, behaviour, age, 0, 1, 0, len(prompt))
-        samples.append(Sample(f"train:00000000:{place + 1}", "p", *fields))
+        samples.append(
+            Sample(
+                lease_id=f"train:00000000:{place + 1}", prompt_id="p", reward=float(rewards[place] > 0), v_hat=0.5,
+                token_ids_T=tokens, action_T=action, mask_T=action, behaviour_T=behaviour, staleness_T=age,
+                first_version=0, last_version=0, policy_versions=1, tool_calls=0, prompt_tokens=len(prompt),
+            )
+        )  # fmt: skip
     return samples
 
 
-def ours(settings: dict[str, Any]) -> dict[str, float]:
+def ours(settings: dict[str, Any], attention: str) -> dict[str, float]:
     """`Policy.update`: forward, backward, statistics, clipping, optimizer."""
     rows = trajectories(settings)
     scaled = advantages(len(rows))
     samples = our_samples(rows, scaled)
     with tempfile.TemporaryDirectory() as folder:
-        policy = our_policy(settings, folder)
+        policy = our_policy(settings, folder, attention)
         return timed(lambda: policy.update(samples, scaled, 0), settings["repetitions"])
 
 
 def bare(settings: dict[str, Any], packed: bool) -> dict[str, float]:
-    """A plain loop: one call of the model, log-softmax of its logits, AdamW."""
+    """A plain loop over micro-batches of similar lengths: the model's logits, their log-softmax, AdamW."""
     model = build(settings["model"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     rows = trajectories(settings)
     scaled = advantages(len(rows))
     total = sum(len(response) for _, response in rows)
-    groups = [list(range(len(rows)))]
-    if settings["micro_batch_tokens"] < 8192:
-        groups = [list(part) for part in np.array_split(np.arange(len(rows)), 4)]
+    budget = settings["bare_packed_tokens" if packed else "micro_batch_tokens"]
+    lengths = [len(prompt) + len(response) for prompt, response in rows]
+    groups = cut(lengths, budget, "packed" if packed else "padded")
 
     def step() -> None:
         for group in groups:
@@ -202,27 +210,52 @@ def trl(settings: dict[str, Any]) -> dict[str, float]:
     return {"median_s": statistics.median(seconds[1:]), "best_s": min(seconds[1:])}
 
 
-def peak(settings: dict[str, Any]) -> dict[str, float]:
-    """Growth of the process' peak memory over one step on one long trajectory, in bytes a token."""
-    rows = trajectories(settings)
-    samples = our_samples(rows, advantages(len(rows)))
-    short = our_samples([(rows[0][0][:8], rows[0][1][:8])], advantages(1))
-    with tempfile.TemporaryDirectory() as folder:
-        policy = our_policy(settings, folder)
-        policy.update(short, np.ones(1), 0)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        policy.update(samples, np.ones(len(samples)), 0)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tokens = sum(len(prompt) + len(response) for prompt, response in rows)
+def growth(step: Callable[[int], Any], tokens: int) -> dict[str, float]:
+    """Growth of the process' peak memory from a step on 16 tokens to one on ``tokens``, in bytes a token."""
+    step(16)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(tokens)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"bytes_per_token": 1024 * (after - before) / tokens}
 
 
+def peak(settings: dict[str, Any], recompute: bool) -> dict[str, float]:
+    """Our step on one long trajectory."""
+    ((prompt, response),) = trajectories(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = our_policy(settings, folder, "packed", recompute)
+
+        def step(tokens: int) -> None:
+            samples = our_samples([(prompt[:8], response[: tokens - 8])], advantages(1))
+            policy.update(samples, np.ones(1), 0)
+
+        return growth(step, len(prompt) + len(response))
+
+
+def peak_bare(settings: dict[str, Any]) -> dict[str, float]:
+    """The plain loop's step on one long trajectory."""
+    model = build(settings["model"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    ids = torch.from_numpy(np.concatenate(trajectories(settings)[0]))[None]
+
+    def step(tokens: int) -> None:
+        logits = model(input_ids=ids[:, :tokens], use_cache=False).logits
+        (-logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:tokens, None]).mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return growth(step, ids.shape[1])
+
+
 WAYS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
-    "ours": ours,
+    "ours-packed": lambda settings: ours(settings, "packed"),
+    "ours-padded": lambda settings: ours(settings, "padded"),
     "bare-padded": lambda settings: bare(settings, packed=False),
     "bare-packed": lambda settings: bare(settings, packed=True),
     "trl": trl,
-    "peak": peak,
+    "peak": lambda settings: peak(settings, recompute=False),
+    "peak-recomputed": lambda settings: peak(settings, recompute=True),
+    "peak-bare": peak_bare,
 }
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +28,16 @@ class Latency:
     per_s: float
 
 
-async def measure_rest(config: Config, ids: list[str], seconds: float) -> dict[tuple[str, int], Latency]:
-    """Start a store for the run and load it with gets, lists and look-ups at 1, 16 and 64 connections."""
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A store process for the run, ready to be asked."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
         run, store = config.run, config.value_store
         file.write_text(
             f'[run]\nname = "{run.name}"\nmodel = "none"\nredis_url = "{run.redis_url}"\ntotal_steps = 1\n'
             f"[value_store]\nport = {store.port}\nmax_requests_per_s = 1e9\n"
+            f"max_import_bytes = {store.max_import_bytes}\n"
         )
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -45,10 +49,16 @@ async def measure_rest(config: Config, ids: list[str], seconds: float) -> dict[t
         )
         try:
             await _ready(f"http://127.0.0.1:{store.port}")
-            return await _load(store.port, ids, seconds)
+            yield process
         finally:
             process.terminate()
             await process.wait()
+
+
+async def measure_rest(config: Config, ids: list[str], seconds: float) -> dict[tuple[str, int], Latency]:
+    """Start a store for the run and load it with gets, lists and look-ups at 1, 16 and 64 connections."""
+    async with running(config):
+        return await _load(config.value_store.port, ids, seconds)
 
 
 async def _ready(url: str, deadline_s: float = 60.0) -> None:

@@ -60,11 +60,16 @@ def make_model(folder: Path, shape: dict[str, int], vocabulary: int) -> Any:
     return model
 
 
-def settings(folder: Path, model: Path, redis_url: str) -> Config:
-    """Settings of the benchmark's engine."""
+def settings(folder: Path, model: Path, redis_url: str, cpu_threads: int | None = None) -> Config:
+    """Settings of the benchmark's engine; one thread leaves the other cores to the replica, as a GPU would."""
     return Config(
         run=RunConfig(name=f"bench{next(_numbers)}", model=model, total_steps=1, redis_url=redis_url, runs_dir=folder),
-        rollout=RolloutConfig(slots=CONCURRENCY, max_model_tokens=512, max_response_tokens=RESPONSE_TOKENS),
+        rollout=RolloutConfig(
+            slots=CONCURRENCY,
+            max_model_tokens=512,
+            max_response_tokens=RESPONSE_TOKENS,
+            cpu_threads=cpu_threads,
+        ),
     )
 
 
@@ -74,8 +79,9 @@ async def engine_of(config: Config) -> AsyncIterator[Any]:
     from transformers import AutoTokenizer
 
     from services.rollout.engine import VllmEngine
+    from services.rollout.metrics import Metrics
 
-    engine = VllmEngine(config, "bench", AutoTokenizer.from_pretrained(config.run.model))
+    engine = VllmEngine(config, "bench", AutoTokenizer.from_pretrained(config.run.model), Metrics())
     await engine.start()
     try:
         yield engine
@@ -118,6 +124,7 @@ async def bare_tokens_per_s(engine: Any, asked: list[str]) -> float:
 async def service_tokens_per_s(engine: Any, config: Config, asked: list[str]) -> float:
     """The worker on a real Redis: from the first lease taken to the last trajectory emitted."""
     from services.rollout.environments import make_environment
+    from services.rollout.lease_run import LeaseRunner
     from services.rollout.manifest import model_tensors
     from services.rollout.metrics import Metrics
     from services.rollout.tools import SandboxTools
@@ -144,8 +151,7 @@ async def service_tokens_per_s(engine: Any, config: Config, asked: list[str]) ->
         await redis.hset(keys.live, lease.lease_id, entry)
     keeper = WeightKeeper(redis, keys, engine, model_tensors(config.run.model), config.rollout, metrics)
     sandbox = SandboxClient(config.rollout.sandbox_url)
-    worker = RolloutWorker(
-        "bench",
+    runner = LeaseRunner(
         LeaseConsumer(redis, keys, "bench"),
         engine,
         keeper,
@@ -155,12 +161,13 @@ async def service_tokens_per_s(engine: Any, config: Config, asked: list[str]) ->
         config.rollout,
         metrics,
     )
+    worker = RolloutWorker(runner, "bench")
     started = time.monotonic()
     working = asyncio.create_task(worker.run())
-    while await redis.xlen(keys.scored) < len(asked):
+    while metrics.action_tokens._value.get() < len(asked) * RESPONSE_TOKENS:  # asking Redis would slow the worker
         if working.done():
             working.result()
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.01)
     seconds = time.monotonic() - started
     worker.stop()
     await working
@@ -176,7 +183,7 @@ async def _always() -> bool:
 async def throughput(folder: Path, redis_url: str, quick: bool) -> list[Figure]:
     """Tokens/s through the service and of the bare engine, in turns."""
     make_model(folder / "small", SMALL, 128)
-    config = settings(folder, folder / "small", redis_url)
+    config = settings(folder, folder / "small", redis_url, cpu_threads=1)
     apply_engine_variables(config)
     asked = questions(128 if quick else 512)
     async with engine_of(config) as engine:

@@ -1,4 +1,4 @@
-"""The sandbox gateway against bare ``python -c``, in one run: runs a second, latencies, and what HTTP costs.
+"""The sandbox gateway against bare ``python -c``: rates, latencies, HTTP's cost, neighbours, and recovery from kills.
 
 Legend: ``{kind}_c{n}`` is n callers at a time running snippets of one kind. Both sides run the same code with the same
 interpreter; the gateway is a fresh process on loopback, called through the product's own client.
@@ -14,15 +14,19 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
+import psutil
 
 from benchmarks.harness import Figure, run
 from singlestream.clients.sandbox import SandboxClient
 from singlestream.contracts.sandbox import ExecuteRequest
+from singlestream.supervisor.child import Child, Spec
 
 SNIPPETS = {
     "print": "print(6 * 7)",
@@ -31,11 +35,13 @@ SNIPPETS = {
 }
 ANSWERS = {"print": "42\n", "numpy": "512\n", "sympy": "[2, 3]\n"}
 CALLERS = (1, 4, 16, 64)
-SECONDS = {False: 4.0, True: 0.5}
+SECONDS = {False: 3.0, True: 0.5}
 """How long each side of each row runs, at full length and with --quick; both sides get the same time."""
 SLICES = {"print": 8, "numpy": 4, "sympy": 1}
 """Turns of a row's two sides; a slice must be long beside one bare run."""
 OVERHEAD_REQUESTS = {False: 300, True: 50}
+NEIGHBOUR_TURNS = 3
+CORES = len(os.sched_getaffinity(0))
 START_DEADLINE_S = 60.0
 
 
@@ -108,19 +114,97 @@ async def overhead_ms(client: SandboxClient, requests: int) -> float:
     return 1e3 * statistics.median(beyond_s)
 
 
-async def beside_hostile(client: SandboxClient, seconds: float) -> list[Figure]:
-    """One honest caller alone, and beside as many endless loops as there are cores."""
-    [alone] = await rates([sandboxed(client, "print")], 1, seconds, 1)
-    loops = len(os.sched_getaffinity(0))
-    endless = ExecuteRequest(code="while True: pass", timeout_s=seconds + 2, cpu_s=60)
-    neighbours = [asyncio.create_task(client.execute(endless, deadline_s=60)) for _ in range(loops)]
-    await asyncio.sleep(1)
-    [beside] = await rates([sandboxed(client, "print")], 1, seconds, 1)
-    await asyncio.gather(*neighbours)
-    return [
-        Figure("print_c1_beside_hostile_p50_ms", beside.p50_ms, "ms", f"{alone.p50_ms:.1f} alone"),
-        Figure("print_c1_beside_hostile_p99_ms", beside.p99_ms, "ms", f"{alone.p99_ms:.1f} alone"),
-    ]
+HOSTILE = (
+    "while True: pass",
+    "import threading\nfor _ in range(20): threading.Thread(target=lambda: sum(iter(int, 1))).start()",
+    "l = []\nwhile True: l.append(bytearray(1 << 20))",
+    "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "import os\nwhile True: os.write(1, b'x' * 65536)",
+    "n = 0\nwhile True:\n    open(f'/tmp/{n % 900}', 'wb').write(bytes(1 << 14)); n += 1",
+)
+"""Endless loops, threads, memory, forks, output, files: what a neighbour may do to its host."""
+
+
+async def beside_neighbours(client: SandboxClient, seconds: float) -> list[Figure]:
+    """One honest caller alone, beside honest neighbours, and beside hostile ones, in turns; one neighbour a core."""
+
+    async def keep_running(code: str, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            await client.execute(ExecuteRequest(code=code, timeout_s=2, memory_mb=512), deadline_s=60)
+
+    honest = "sum(i * i for i in range(100_000))"
+    crews = {"alone": (), "beside_honest": (honest,) * CORES, "beside_hostile": (HOSTILE * CORES)[: max(CORES, 6)]}
+    times_s: dict[str, list[float]] = {name: [] for name in crews}
+    for _ in range(NEIGHBOUR_TURNS):
+        for name, codes in crews.items():
+            stop = asyncio.Event()
+            neighbours = [asyncio.create_task(keep_running(code, stop)) for code in codes]
+            await asyncio.sleep(0.5)
+            slice_s, _ = await slice_times(sandboxed(client, "print"), 1, seconds / NEIGHBOUR_TURNS)
+            times_s[name] += slice_s
+            stop.set()
+            await asyncio.gather(*neighbours)
+    figures = []
+    for name, found in times_s.items():
+        rate = _rate(sorted(found), seconds)
+        figures.append(Figure(f"print_c1_{name}_p50_ms", rate.p50_ms, "ms", f"{len(found)} runs"))
+        figures.append(Figure(f"print_c1_{name}_p99_ms", rate.p99_ms, "ms", f"{len(found)} runs"))
+    return figures
+
+
+async def back_after_kill(times: int) -> list[Figure]:
+    """Seconds from a SIGKILL in the middle of runs to the next answer: of every zygote at once, and of the gateway.
+
+    The gateway runs under the product's own supervisor here, whose pause before a restart counts.
+    """
+    back_s: dict[str, list[float]] = {"zygotes": [], "gateway": []}
+    for victim, found in back_s.items():
+        for _ in range(times):
+            found.append(await _back_after_kill(victim))
+    each = {name: ", ".join(f"{s:.2f}" for s in sorted(found)) for name, found in back_s.items()}
+    return [Figure(f"{name}_killed_back_s", statistics.median(s), "s", each[name]) for name, s in back_s.items()]
+
+
+async def _back_after_kill(victim: str) -> float:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "services.sandbox_gateway"]
+    with tempfile.TemporaryDirectory() as folder:
+        child = Child(Spec("sandbox_gateway", command, ready=_never, env=environment(port)), Path(folder))
+        keeper = asyncio.create_task(child.run())
+        try:
+            await asyncio.to_thread(wait_until_warm, url)
+            async with SandboxClient(url) as client:
+                sleeper = ExecuteRequest(code="import time; time.sleep(30)", timeout_s=40)
+                running = [asyncio.create_task(client.execute(sleeper, deadline_s=3)) for _ in range(CORES)]
+                await asyncio.sleep(0.5)
+                gateway = psutil.Process(child.pid)
+                for process in gateway.children() if victim == "zygotes" else [gateway]:
+                    process.kill()
+                back_s = await asyncio.to_thread(seconds_until_answer, url)
+                await asyncio.gather(*running, return_exceptions=True)
+            return back_s
+        finally:
+            await child.stop()
+            await keeper
+
+
+async def _never() -> str | None:
+    return None
+
+
+def seconds_until_answer(url: str) -> float:
+    """How long until a run has an outcome."""
+    begun_s = time.monotonic()
+    with httpx.Client(timeout=10) as http:
+        while time.monotonic() - begun_s < START_DEADLINE_S:
+            try:
+                if http.post(f"{url}/v1/execute", json={"code": SNIPPETS["print"]}).status_code == 200:
+                    return time.monotonic() - begun_s
+            except httpx.TransportError:
+                pass
+            time.sleep(0.005)
+    raise SystemExit("the gateway did not come back")
 
 
 async def measure_all(url: str, quick: bool) -> list[Figure]:
@@ -139,42 +223,62 @@ async def measure_all(url: str, quick: bool) -> list[Figure]:
                     Figure(f"{row}_p50_ms", ours.p50_ms, "ms", f"{theirs.p50_ms:.1f} bare"),
                     Figure(f"{row}_p99_ms", ours.p99_ms, "ms", f"{theirs.p99_ms:.1f} bare"),
                 ]
-        figures += await beside_hostile(client, SECONDS[quick])
+        figures += await beside_neighbours(client, 3 * SECONDS[quick])
         figures.append(Figure("http_overhead_p50_ms", await overhead_ms(client, OVERHEAD_REQUESTS[quick]), "ms", ""))
     return figures
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def environment(port: int) -> dict[str, str]:
+    """The gateway's, with built-in settings."""
+    return {"SINGLESTREAM_SANDBOX_GATEWAY__PORT": str(port), "SINGLESTREAM_CONFIG": ""}
+
+
 def start_gateway() -> tuple[subprocess.Popen[bytes], str]:
     """A warm gateway on a free port."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "SINGLESTREAM_SANDBOX_GATEWAY__PORT": str(port)}
-    environment.pop("SINGLESTREAM_CONFIG", None)
+    port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.sandbox_gateway"], env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "services.sandbox_gateway"],
+        env={**os.environ, **environment(port)},
+        stderr=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_warm(url)
+    except BaseException:
+        process.kill()
+        raise
+    return process, url
+
+
+def wait_until_warm(url: str) -> None:
+    """Wait until every kind of zygote is ready."""
     until_s = time.monotonic() + START_DEADLINE_S
-    while time.monotonic() < until_s and process.poll() is None:
+    while time.monotonic() < until_s:
         try:
             zygotes = httpx.get(f"{url}/readyz", timeout=5).json().get("zygotes", {"": "starting"})
             if "starting" not in zygotes.values():
-                return process, url
+                return
         except httpx.TransportError:
             pass
         time.sleep(0.05)
-    process.kill()
     raise SystemExit("the gateway did not become ready: python -m services.sandbox_gateway.check says why")
 
 
 def measure(quick: bool) -> list[Figure]:
-    """Start a gateway, measure, stop it."""
+    """Start a gateway, measure, stop it; then start those that are killed."""
     process, url = start_gateway()
     try:
-        return asyncio.run(measure_all(url, quick))
+        figures = asyncio.run(measure_all(url, quick))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(90)
+    return figures + asyncio.run(back_after_kill(1 if quick else 3))
 
 
 if __name__ == "__main__":

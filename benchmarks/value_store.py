@@ -19,8 +19,9 @@ import numpy as np
 from redis.asyncio import Redis
 
 from benchmarks import harness
+from benchmarks.exchange_load import measure_exchange
 from benchmarks.harness import Figure
-from benchmarks.rest_load import Latency, measure_rest
+from benchmarks.rest_load import Latency, measure_rest, running
 from services.value_store import issuing, loops, sampler
 from services.value_store.loops import ENTRIES_PER_BATCH
 from services.value_store.memory import Memory, OpenLease
@@ -210,6 +211,13 @@ async def measure_latency(server: EmbeddedRedis, prompts: int, seconds: float) -
     return figures
 
 
+async def measure_import_and_export(server: EmbeddedRedis, prompts: int) -> list[Figure]:
+    """A million prompts in and out over REST, with the store's memory at its peak."""
+    config = make_config("exchange", server.url)
+    async with running(config) as process:
+        return await measure_exchange(f"http://127.0.0.1:{config.value_store.port}", process.pid, prompts)
+
+
 def rest_figures(name: str, connections: int, latency: Latency, prompts: int) -> list[Figure]:
     """Three figures of one kind of request."""
     what = f"{connections} connections, {prompts} prompts"
@@ -229,6 +237,7 @@ def measure(quick: bool) -> list[Figure]:
             lambda server: measure_updates(server, 20_000 if quick else 100_000, 1 if quick else 3),
             lambda server: measure_million(server, 1_000_000, 1 if quick else 3),
             lambda server: measure_latency(server, 20_000 if quick else 100_000, 1.0 if quick else 5.0),
+            lambda server: measure_import_and_export(server, 50_000 if quick else 1_000_000),
         ):
             with tempfile.TemporaryDirectory(prefix="ss-") as folder:
                 server = EmbeddedRedis(Path(folder), fsync="always")

@@ -3,13 +3,16 @@
 # containers, values change, a second replica takes leases, the sandbox reaches nothing, every query of the dashboards and
 # alert rules names a metric that is exported. Ends with `down -v` on its own project, so it touches no other run.
 #
-# COMPOSE (docker compose): the compose command. NO_BUILD=1: images are there. STEPS (3): optimizer steps to wait for.
-# KEEP=1: leave everything running.
+# COMPOSE (docker compose): the compose command. COMPOSE_FILE (docker-compose.yml): with deploy/compose.ray.yml behind it
+# every replica is a node of a Ray cluster; with deploy/compose.monitoring.yml Prometheus is asked what it scrapes.
+# NO_BUILD=1: images are there. STEPS (3): optimizer steps to wait for. DEADLINE_S (600): of each wait. KEEP=1: leave
+# everything running.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 read -ra COMPOSE <<<"${COMPOSE:-docker compose}"
-export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-singlestream-verify} COMPOSE_PROFILES=cpu COMPOSE_FILE=docker-compose.yml
-export VALUE_STORE_PORT=${VALUE_STORE_PORT:-0}
+export COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-singlestream-verify} COMPOSE_PROFILES=cpu
+export DOCKER_BUILDKIT=1 COMPOSE_FILE=${COMPOSE_FILE:-docker-compose.yml}
+export VALUE_STORE_PORT=${VALUE_STORE_PORT:-0} PROMETHEUS_PORT=${PROMETHEUS_PORT:-0}
 STEPS=${STEPS:-3}
 DEADLINE_S=${DEADLINE_S:-600}
 
@@ -21,6 +24,14 @@ import sys, urllib.request
 token = open("/run/secrets/read_token").read()
 request = urllib.request.Request("http://127.0.0.1:8100" + sys.argv[1], headers={"Authorization": "Bearer " + token})
 print(urllib.request.urlopen(request, timeout=30).read().decode())' "$1"
+}
+metrics() {  # metrics SERVICE PORT: asked from inside its container, where it listens
+    "${COMPOSE[@]}" exec -T "$1" python3 -c '
+import sys, urllib.request
+from pathlib import Path
+own = Path("/tmp/listening_on")
+host = own.read_text().strip() if own.exists() else "127.0.0.1"
+print(urllib.request.urlopen(f"http://{host}:{sys.argv[1]}/metrics", timeout=30).read().decode())' "$2"
 }
 field() { python3 -c "import json, sys; d = json.load(sys.stdin); print($1)"; }
 wait_for() {  # wait_for WHAT COMMAND...: until the command succeeds
@@ -34,13 +45,23 @@ wait_for() {  # wait_for WHAT COMMAND...: until the command succeeds
 trained() { [ "$(store /v1/training | field "d['trained']")" -ge "$1" ]; }
 replicas_at_work() { [ "$(store /v1/stats | field "sum(r['alive'] and r['in_use'] > 0 for r in d['replicas'])")" -ge "$1" ]; }
 
+# A run that does not end while it is looked at, however fast the machine is.
+LONG_RUN=$(mktemp --suffix=.yml)
+{
+    echo "services:"
+    for service in value_store rollout learner $([[ $COMPOSE_FILE != *compose.ray.yml* ]] || echo ray_head); do
+        echo "  $service: {environment: {SINGLESTREAM_RUN__TOTAL_STEPS: \"100000\"}}"
+    done
+} >"$LONG_RUN"
+export COMPOSE_FILE=$COMPOSE_FILE:$LONG_RUN
+
 say "configuration"
 "${COMPOSE[@]}" config -q
 if [ -z "${NO_BUILD:-}" ]; then
     say "build"
     "${COMPOSE[@]}" build -q
 fi
-if [ -z "${KEEP:-}" ]; then trap '"${COMPOSE[@]}" down -v -t 10 >/dev/null 2>&1' EXIT; fi
+if [ -z "${KEEP:-}" ]; then trap '"${COMPOSE[@]}" down -v -t 10 --remove-orphans >/dev/null 2>&1; rm -f "$LONG_RUN"' EXIT; fi
 say "up"
 "${COMPOSE[@]}" up -d --wait --wait-timeout "$DEADLINE_S" --no-build --pull never >/dev/null 2>&1 || die "not everything became healthy"
 "${COMPOSE[@]}" ps --format 'table {{.Name}}\t{{.Status}}'
@@ -60,13 +81,24 @@ store /v1/stats | field "'\n'.join('  %(name)s: %(in_use)d of %(slots)d slots, v
 store /v1/ledger | field "'  ' + str(d['train'])"
 store /v1/ledger | field "d['train']['adds_up'] or sys.exit('the ledger does not add up')" >/dev/null
 
+say "a replica that is stopped hands its episodes over, and the other goes on"
+SECOND=$("${COMPOSE[@]}" ps -q rollout | sed -n 2p)
+docker stop -t 90 "$SECOND" >/dev/null
+SAID=$(docker logs "$SECOND" 2>&1)
+grep -E "hand(s|ing|ed) .*over|handed over" <<<"$SAID" || die "the stopped replica says nothing of a hand-over"
+[ "$(docker inspect -f '{{.State.ExitCode}}' "$SECOND")" = 0 ] || die "the stopped replica ended with an error"
+AFTER=$(store /v1/training | field "d['trained']")
+wait_for "a step after it" trained $((AFTER + BATCH))
+store /v1/ledger | field "d['train']['adds_up'] or sys.exit('the ledger does not add up')" >/dev/null
+
+say "one-shots: estimate, then export of the newest checkpoint"
+"${COMPOSE[@]}" run --rm -T estimate --split eval --limit 16 --n 2 2>/dev/null | sed 's/^/  /' || die "estimate failed"
+checkpoint() { "${COMPOSE[@]}" exec -T learner sh -c 'ls -d /runs/*/checkpoints/*' >/dev/null 2>&1; }
+wait_for "a checkpoint" checkpoint
+"${COMPOSE[@]}" run --rm -T export /runs/exported 2>/dev/null | sed 's/^/  /' || die "export failed"
+
 say "every metric of the dashboards and rules is exported"
-{
-    store /metrics
-    "${COMPOSE[@]}" exec -T sandbox_gateway python3 -c 'import urllib.request as u; print(u.urlopen("http://127.0.0.1:8101/metrics").read().decode())'
-    "${COMPOSE[@]}" exec -T rollout sh -c 'python3 -c "import sys, urllib.request as u; print(u.urlopen(\"http://\" + sys.argv[1] + \":8102/metrics\").read().decode())" "$(cat /tmp/listening_on)"'
-    "${COMPOSE[@]}" exec -T learner python3 -c 'import urllib.request as u; print(u.urlopen("http://127.0.0.1:8103/metrics").read().decode())'
-} >/tmp/singlestream-metrics.$$
+{ store /metrics && metrics sandbox_gateway 8101 && metrics rollout 8102 && metrics learner 8103; } >/tmp/singlestream-metrics.$$ || die "a service does not answer with its metrics"
 python3 - /tmp/singlestream-metrics.$$ <<'PY' || die "a query names a metric that nothing exports"
 import re, sys
 from pathlib import Path
@@ -79,6 +111,7 @@ print(f"  {len(asked)} metrics asked for, {len(missing)} missing {sorted(missing
 sys.exit(bool(missing))
 PY
 rm -f /tmp/singlestream-metrics.$$
+
 say "from the sandbox's container nothing is reachable"
 mapfile -t IDS < <("${COMPOSE[@]}" ps -q)
 ADDRESSES=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}' "${IDS[@]}" | tr '\n' ' ')
@@ -110,5 +143,20 @@ for name in ("redis", "value_store", "learner"):
 print(f"  {len(targets)} addresses and ports tried, {len(reached)} reached {reached or ''}")
 sys.exit(bool(reached))
 PY
+
+if [[ $COMPOSE_FILE == *compose.monitoring.yml* ]]; then
+    say "Prometheus scrapes every service and evaluates every rule"
+    watched() { COMPOSE_PROFILES=cpu,monitoring "${COMPOSE[@]}" "$@"; }
+    watched up -d --wait --no-deps --no-build --pull never prometheus >/dev/null 2>&1 || die "Prometheus did not become healthy"
+    asked() { watched exec -T prometheus wget -q -O - "http://prometheus-front:9090/api/v1/$1"; }
+    up_jobs() { asked targets | field "' '.join(sorted({t['labels']['job'] for t in d['data']['activeTargets'] if t['health'] == 'up'}))"; }
+    all_up() { [ "$(up_jobs)" = "learner rollout sandbox_gateway value_store" ]; }
+    wait_for "every job to be up" all_up
+    evaluated() { asked rules | field "sum(r['health'] == 'ok' for g in d['data']['groups'] for r in g['rules'])"; }
+    RULES=$(grep -c -- '- alert:' deploy/prometheus/rules.yml)
+    all_evaluated() { [ "$(evaluated)" = "$RULES" ]; }
+    wait_for "every rule to be evaluated" all_evaluated
+    printf '  up: %s; %s rules evaluated\n' "$(up_jobs)" "$(evaluated)"
+fi
 
 say "done"

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from singlestream.errors import ConfigError
@@ -35,11 +35,11 @@ class RunConfig(Section):
     redis_url: str = "redis://127.0.0.1:6379/0"
     """``redis://`` or ``unix://``; ``singlestream up`` replaces it by the private server it starts."""
     total_steps: int = Field(gt=0)
-    """Optimizer steps of the whole run."""
+    """Train batches of the whole run; each makes one policy version."""
     train_batch_size: int = Field(default=256, gt=0)
-    """Trajectories of one optimizer step (docs/design.md's default)."""
+    """Trajectories of one step (docs/design.md's default)."""
     max_staleness: int = Field(default=4, ge=0)
-    """Optimizer updates that generation may run ahead (I4); 0 is synchronous training."""
+    """Policy versions that generation may run ahead (I4); 0 is synchronous training."""
     hard_staleness: int | None = Field(default=None, ge=0)
     """Older segments are masked (I11); None means 2 × max_staleness."""
     temperature: float = Field(default=1.0, gt=0.0)
@@ -52,6 +52,8 @@ class RunConfig(Section):
     """Checkpoints, logs and reports go to ``runs_dir/name``."""
     weights_dir: Path = Path("/dev/shm")  # noqa: S108  a memory volume on purpose
     """Shared memory volume through which weights travel; a folder per run is made in it."""
+    weights_token: SecretStr | None = None
+    """Bearer token for weights over HTTP, learner's and replicas'; None: none is asked for, on loopback only."""
 
     @property
     def dir(self) -> Path:
@@ -65,7 +67,7 @@ class RunConfig(Section):
 
     @property
     def staleness_bound(self) -> int:
-        """Optimizer updates after which a segment is masked (I11)."""
+        """Policy versions after which a segment is masked (I11)."""
         return 2 * self.max_staleness if self.hard_staleness is None else self.hard_staleness
 
 
@@ -95,12 +97,16 @@ class ValueStoreConfig(Listening):
     """Ceiling of ρ: a window of 25 observations (docs/spo.md)."""
     rho_event: float = Field(default=0.875, gt=0.0, lt=1.0)
     """ρ of one policy version in ``event`` (SPO++; docs/spo.md)."""
+    shrinkage: float = Field(default=0.0, ge=0.0)
+    """κ: a lease's v̂ is drawn towards the last batch's mean reward as by so many observations (docs/design.md)."""
     training: Literal["paused", "running"] = "paused"
     """What training does in a run that has no state yet: wait for priors and prompts, or lease at once."""
     sampling: Literal["uncertainty", "uniform", "thompson"] = "uncertainty"
     """How prompts are drawn."""
     epsilon: float = Field(default=0.05, gt=0.0)
     """Exploration: added to every weight √(v̂(1−v̂)) (docs/spo.md)."""
+    group_size: int = Field(default=1, ge=1)
+    """Training leases of one prompt issued at once: 1 is SPO, more is for ``learner.advantage = "grpo"``."""
     gamma: float = Field(default=0.0, ge=0.0, le=1.0)
     """The weight is divided by n_eff^γ (ICLR version of SPO); 0 switches that off."""
     history_entries: int = Field(default=256, gt=0)
@@ -160,7 +166,10 @@ class RolloutConfig(Listening):
     max_attempts: int = Field(default=3, ge=1)
     """Replicas that may start a lease before it fails."""
     evaluation_share: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Most of a replica's slots that evaluation may hold at a time; below 1 training always keeps the rest."""
+    """While training runs, most of all slots that evaluation may hold at a time; below 1 training keeps the rest.
+
+    A pinned evaluation takes whole replicas: at most this share of them.
+    """
     clear_cache: bool = False
     """Whether a weight update recomputes running requests' KV under the new weights."""
     sandbox_url: str = "http://127.0.0.1:8101"
@@ -191,7 +200,12 @@ class LearnerConfig(Section):
     metrics_host: str = "127.0.0.1"
     """Address of rank 0's metrics, which tell no prompt and take no command."""
     metrics_port: int = Field(default=8103, ge=1, le=65535)
-    """Port of rank 0's Prometheus metrics."""
+    """Port of rank 0's Prometheus metrics, and of its weights where they are served."""
+    weights_url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+$")
+    """Where replicas on other machines reach ``metrics_port``, for example ``http://10.0.0.5:8103``.
+
+    The policy versions carry it, and deltas are written. None: weights travel through ``run.weights_dir`` alone.
+    """
     ranks: int = Field(default=1, ge=1)
     """Processes on this machine; one a GPU, or gloo ranks on CPU."""
     lr: float = Field(default=1e-6, gt=0.0)
@@ -204,8 +218,14 @@ class LearnerConfig(Section):
     """Gradients are clipped to this norm (docs/spo.md)."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from lr/warmup_steps."""
+    advantage: Literal["spo", "grpo"] = "spo"
+    """``spo``: r − v̂, standardised over the batch; ``grpo``: r less its group's mean (``value_store.group_size``)."""
     normaliser: Literal["token", "trajectory"] = "token"
-    """Over what advantages are standardised (docs/design.md, the learner)."""
+    """Over what ``spo``'s advantages are standardised (docs/design.md, the learner)."""
+    group_std: bool = True
+    """Whether ``grpo`` divides by its group's standard deviation."""
+    updates_per_batch: int = Field(default=1, ge=1)
+    """Optimizer updates of one batch, each on its own share of it; above 1 p is recomputed at the batch's start."""
     old: Literal["sg", "behaviour"] = "sg"
     """Old policy of the ratio: the learner's own at the start of the batch, or the engine's."""
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
@@ -215,7 +235,7 @@ class LearnerConfig(Section):
     dual_clip: float = Field(default=10.0, gt=1.0)
     """For A < 0 the objective is at least dual_clip·A (docs/spo.md, R)."""
     truncation: float | None = Field(default=2.0, gt=0.0)
-    """Cap of the importance weight e^(p−b); None switches truncation and masking off."""
+    """Cap of the importance weight e^(p−b); None (0 in a file) switches truncation and masking off."""
     ratio_mask: float = Field(default=8.0, gt=1.0)
     """Tokens with e^(p−b) outside [1/ratio_mask, ratio_mask] weigh nothing."""
     micro_batch_tokens: int = Field(default=16_384, ge=16)
@@ -226,16 +246,32 @@ class LearnerConfig(Section):
     """Type of the forward and backward pass; masters and reductions are fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Train adapters of this rank on ``lora_targets`` instead of the whole model (needs peft); 0: the whole model."""
+    lora_alpha: float = Field(default=32.0, gt=0.0)
+    """The adapters count lora_alpha/lora_rank times."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last part of the names of the linear layers that get an adapter."""
+    peak_tflops: float = Field(default=0.0, ge=0.0)
+    """Dense bf16 peak of one rank's device in TFLOP/s (H100 SXM: 989), for the MFU; 0: no MFU is told."""
+    wandb_project: str = ""
+    """Weights & Biases project that gets every step's record (needs wandb); empty: none."""
     logprob_chunk_tokens: int = Field(default=1024, ge=1)
     """Tokens whose logits are in memory at a time."""
     d_half: float = Field(default=0.06, gt=0.0)
     """Mean |Δ log p| that halves old evidence (docs/spo.md, R)."""
     probe_tokens: int = Field(default=32_768, ge=1)
     """Action tokens of the next batch that the drift clock probes (docs/design.md)."""
+    anchor_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of the prompts whose previous response is kept to measure exact drift; ``kl`` retention keeps all."""
+    anchor_bytes: int = Field(default=1024**3, ge=0)
+    """Redis memory for kept responses, compressed; beyond it the oldest go."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept; entries of the stream are kept from the oldest of them on."""
+    archive_every: int = Field(default=0, ge=0)
+    """A checkpoint whose step is a multiple of this is kept for good, to be exported; 0 keeps none."""
     wait_warn_s: float = Field(default=60.0, gt=0.0)
     """After so long without a full batch the log says what is waited for, and again at every further multiple."""
     wait_timeout_s: float = Field(default=3600.0, gt=0.0)
@@ -244,6 +280,11 @@ class LearnerConfig(Section):
     """Redis may be away for so long before the learner exits with the cause."""
     deterministic: bool = False
     """Bitwise repeatable steps on CPU: deterministic kernels, one thread."""
+
+    @field_validator("truncation", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value in (0, "0") else value  # TOML has no null
 
     @model_validator(mode="after")
     def _one_mechanism(self) -> LearnerConfig:
@@ -312,6 +353,22 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment goes before the file (which arrives as the constructor's arguments)."""
         return env_settings, init_settings
+
+    @property
+    def anchor_share(self) -> float:
+        """Share of the prompts whose previous response is kept, in [0, 1]."""
+        return 1.0 if self.value_store.retention == "kl" else self.learner.anchor_share
+
+    @model_validator(mode="after")
+    def _groups(self) -> Config:
+        size, batch = self.value_store.group_size, self.run.train_batch_size
+        if (self.learner.advantage == "grpo") != (size > 1):
+            raise ValueError(
+                f'learner.advantage = "grpo" needs value_store.group_size above 1, and "spo" needs 1; it is {size}'
+            )
+        if batch % size:
+            raise ValueError(f"run.train_batch_size {batch} is no multiple of value_store.group_size {size}")
+        return self
 
     @model_validator(mode="after")
     def _lengths(self) -> Config:

@@ -201,7 +201,9 @@ def describe(proposal: Plan) -> str:
         f"WEIGHTS_SIZE of at least {proposal.weights_volume_gib:.0f} GiB",
     ]
     if proposal.network_s is not None:
-        lines.append(f"  one version takes {proposal.network_s:.1f} s to another machine")
+        share = proposal.network_s / proposal.step_s
+        whole = f"  one whole version takes {proposal.network_s:.1f} s to another machine, {share:.0%} of a step"
+        lines.append(whole + ("" if share < 1 else ": replicas there fall behind, versions are passed over"))
     for other in proposal.others[:3]:
         lines.append(
             f"or {other.rollout_gpus} + {other.learner_gpus}: {other.tokens_per_s:.0f} tokens/s, "

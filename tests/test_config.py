@@ -33,6 +33,9 @@ def test_defaults_follow_the_design(file: Path) -> None:
         ("[value_store]\nrho_min = 0.97\n", "value_store"),
         ('[learner]\nold = "behaviour"\n', "truncation"),
         ("[rollout]\nmax_model_tokens = 64\nmax_response_tokens = 64\n", "max_response_tokens"),
+        ('[learner]\nadvantage = "grpo"\n', "group_size"),
+        ("[value_store]\ngroup_size = 8\n", "grpo"),
+        ('[learner]\nadvantage = "grpo"\n[value_store]\ngroup_size = 3\n', "train_batch_size 256 is no multiple"),
         ("[run]\n", "TOML"),
     ],
 )
@@ -40,6 +43,17 @@ def test_a_wrong_setting_is_named(file: Path, text: str, key: str) -> None:
     file.write_text(MINIMAL + text)
     with pytest.raises(ConfigError, match=key):
         load_config(file)
+
+
+def test_truncation_can_be_switched_off_in_a_file(file: Path) -> None:
+    file.write_text(MINIMAL + '[learner]\ntruncation = 0\nold = "behaviour"\n')
+    assert load_config(file).learner.truncation is None
+
+
+def test_kl_retention_keeps_every_prompts_response(file: Path) -> None:
+    assert load_config(file).anchor_share == 0.05
+    file.write_text(MINIMAL + '[value_store]\nretention = "kl"\n')
+    assert load_config(file).anchor_share == 1.0
 
 
 def test_the_environment_wins_over_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,11 @@
 
 What it decides depends on its position, the entries in stream order and the learner's step alone, so a resumed learner
 makes the same batches again.
+
+A batch is made of whole groups. With SPO a group is one lease. With GRPO it is the leases of one prompt that were
+issued at once; it is whole when each of them has ended in the stream, as a trajectory or otherwise, and is decided on
+in that moment: what can be trained of it goes into the batch, the rest leaves it smaller. Entries of groups that are
+not whole wait, and the cursor stays before the first of them, so a resumed learner reads them again.
 """
 
 from __future__ import annotations
@@ -12,7 +17,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from singlestream.contracts import EndOfRun, Message, PosteriorUpdate, Tombstone, Trajectory, parse_lease_id
+from singlestream.contracts import (
+    EndOfRun,
+    Message,
+    PosteriorUpdate,
+    Tombstone,
+    Trajectory,
+    group_of,
+    parse_lease_id,
+)
 from singlestream.contracts.message import LEASE_ID_PATTERN
 
 _LEASE_ID = re.compile(LEASE_ID_PATTERN)
@@ -61,8 +74,8 @@ class Position:
     """Where the learner stands in the trajectory stream after a whole batch: what a checkpoint keeps.
 
     Args:
-        cursor: last entry that is consumed; ``0-0`` before the first.
-        consumed: leases trained, stale or failed.
+        cursor: last entry before which, itself included, all is consumed; ``0-0`` before the first.
+        consumed: leases trained, stale or failed, also those of entries beyond the cursor.
         ended: the end marker is behind the cursor.
     """
 
@@ -75,6 +88,7 @@ class Verdict(Enum):
     """What becomes of one stream entry."""
 
     TRAINABLE = "trainable"
+    WAITING = "waiting"
     DUPLICATE = "duplicate"
     FAILED = "failed"
     MALFORMED = "malformed"
@@ -87,38 +101,60 @@ class Decision:
     """A verdict, and what the caller must do at once.
 
     Args:
-        verdict: what the entry is.
-        update: posterior update to send now (stale, or malformed with a known lease).
+        verdict: what the entry is; ``WAITING`` for a trajectory whose group is not whole.
+        updates: posterior updates to send now: of stale trajectories, and of a malformed entry with a known lease.
         dead_letter: reason with which the entry goes to the dead letters; None where it does not.
     """
 
     verdict: Verdict
-    update: PosteriorUpdate | None = None
+    updates: tuple[PosteriorUpdate, ...] = ()
     dead_letter: str | None = None
 
 
-class BatchAssembler:
-    """Collects exactly ``batch_size`` trainable trajectories, in stream order.
+@dataclass(frozen=True)
+class _Member:
+    """One ended lease of a group that is not whole.
 
     Args:
-        batch_size: trajectories of a batch.
+        before: cursor before its entry.
+        trajectory: None where it ended without one.
+        raw: the trajectory's message.
+    """
+
+    before: str
+    trajectory: Trajectory | None
+    raw: bytes
+
+
+class BatchAssembler:
+    """Collects ``batch_size`` leases' worth of whole groups, in the order in which they become whole.
+
+    Args:
+        batch_size: trajectories of a batch; groups that lost members make it smaller.
         staleness_bound: a trajectory whose generated segments are all older than this many updates is stale (I11).
         position: where to go on from.
+        group_size: leases of a group; divides ``batch_size``.
+
+    Attributes:
+        batch: trainable trajectories and their messages.
+        stale: trajectories too old to train that were decided on since the last batch.
 
     Example: ``offer`` entries until ``complete``, train `batch`, then `commit`.
     """
 
-    def __init__(self, batch_size: int, staleness_bound: int, position: Position) -> None:
-        self.batch_size, self.staleness_bound = batch_size, staleness_bound
+    def __init__(self, batch_size: int, staleness_bound: int, position: Position, group_size: int = 1) -> None:
+        self.batch_size, self.staleness_bound, self.group_size = batch_size, staleness_bound, group_size
         self.position = position
+        self._cursor = position.cursor
+        self._consumed = position.consumed.copy()
+        self._ended = position.ended
+        self._waiting: dict[str, dict[str, _Member]] = {}
         self._begin()
 
     def _begin(self) -> None:
         self.batch: list[tuple[Trajectory, bytes]] = []
-        self.counts = dict.fromkeys(Verdict, 0)
-        self._cursor = self.position.cursor
-        self._consumed = self.position.consumed.copy()
-        self._ended = self.position.ended
+        self.stale: list[Trajectory] = []
+        self._groups = 0
 
     @property
     def ended(self) -> bool:
@@ -128,7 +164,8 @@ class BatchAssembler:
     @property
     def complete(self) -> bool:
         """Whether the batch is full, or the run has ended and this is the remainder (which may be empty)."""
-        return self._ended or len(self.batch) == self.batch_size
+        full = self._groups >= self.batch_size // self.group_size and bool(self.batch)
+        return self._ended or full
 
     def offer(self, entry: str, number: str, message: Message | None, raw: bytes, error: str, step: int) -> Decision:
         """Take the next entry of the stream.
@@ -146,32 +183,52 @@ class BatchAssembler:
         """
         if self.complete:
             raise ValueError("the batch is complete: commit it before the next entry")
-        self._cursor = entry
-        decision = self._decide(number, message, raw, error, step)
-        self.counts[decision.verdict] += 1
-        return decision
-
-    def _decide(self, number: str, message: Message | None, raw: bytes, error: str, step: int) -> Decision:
+        before, self._cursor = self._cursor, entry
         if isinstance(message, EndOfRun):
             self._ended = True
-            return Decision(Verdict.END)
+            leftovers = [one for group in list(self._waiting) for one in self._decide(group, step)]
+            return Decision(Verdict.END, tuple(leftovers))
         if isinstance(message, Trajectory | Tombstone):
             number = message.lease_id
         known = number.startswith(_TRAINING) and _LEASE_ID.match(number) is not None
-        if known and number in self._consumed:
+        group = group_of(number, self.group_size) if known else ""
+        if known and (number in self._consumed or number in self._waiting.get(group, {})):
             return Decision(Verdict.DUPLICATE)
+        updates: list[PosteriorUpdate] = []
+        trajectory = message if isinstance(message, Trajectory) else None
         if known:
-            self._consumed.add(number)
+            members = self._waiting.setdefault(group, {})
+            members[number] = _Member(before, trajectory, raw)
+            if len(members) == self.group_size:
+                updates = self._decide(group, step)
+        if trajectory is not None and known:
+            return Decision(self._verdict(trajectory, group), tuple(updates))
         if isinstance(message, Tombstone):
-            return Decision(Verdict.FAILED)
-        if not isinstance(message, Trajectory):
-            reason = error or f"a {type(message).__name__} does not belong in the trajectory stream"
-            update = PosteriorUpdate(lease_id=number, prompt_id="", outcome="failed") if known else None
-            return Decision(Verdict.MALFORMED, update, reason)
-        if not self._trainable(message, step):
-            return Decision(Verdict.STALE, closing(message, "stale"))
-        self.batch.append((message, raw))
-        return Decision(Verdict.TRAINABLE)
+            return Decision(Verdict.FAILED, tuple(updates))
+        if known:
+            updates.append(PosteriorUpdate(lease_id=number, prompt_id="", outcome="failed"))
+        reason = error or f"a {type(message).__name__} does not belong in the trajectory stream"
+        return Decision(Verdict.MALFORMED, tuple(updates), reason)
+
+    def _verdict(self, trajectory: Trajectory, group: str) -> Verdict:
+        if group in self._waiting:
+            return Verdict.WAITING
+        return Verdict.STALE if any(one is trajectory for one in self.stale) else Verdict.TRAINABLE
+
+    def _decide(self, group: str, step: int) -> list[PosteriorUpdate]:
+        """Take a whole group out of the waiting; returns the updates of its stale members."""
+        members = self._waiting.pop(group)
+        stale, trained = [], len(self.batch)
+        for number, member in members.items():
+            self._consumed.add(number)
+            if member.trajectory is not None and self._trainable(member.trajectory, step):
+                self.batch.append((member.trajectory, member.raw))
+            elif member.trajectory is not None:
+                stale.append(member.trajectory)
+        self.stale += stale
+        # the value store replaces a lease that was lost, but not members of a group: so a group counts whatever is left
+        self._groups += int(self.group_size > 1 or len(self.batch) > trained)
+        return [closing(one, "stale") for one in stale]
 
     def _trainable(self, trajectory: Trajectory, step: int) -> bool:
         return any(
@@ -180,19 +237,25 @@ class BatchAssembler:
             if segment.version is not None
         )
 
+    def waiting(self) -> list[tuple[Trajectory, bytes]]:
+        """Trajectories of groups that are not whole, and their messages."""
+        members = [one for group in self._waiting.values() for one in group.values()]
+        return [(one.trajectory, one.raw) for one in members if one.trajectory is not None]
+
     def upcoming(self, messages: Iterable[Message | None]) -> list[Trajectory]:
         """Trajectories among messages beyond the cursor that no finished lease stands behind; changes nothing."""
         return [one for one in messages if isinstance(one, Trajectory) and one.lease_id not in self._consumed]
 
     def commit(self) -> Position:
         """Declare the batch trained and begin the next; returns the position behind it."""
-        self.position = Position(self._cursor, self._consumed, self._ended)
+        first = next((one for group in self._waiting.values() for one in group.values()), None)
+        self.position = Position(first.before if first else self._cursor, self._consumed.copy(), self._ended)
         self._begin()
         return self.position
 
 
-def closing(trajectory: Trajectory, outcome: str) -> PosteriorUpdate:
-    """The update that closes a trajectory's lease as ``trained`` or ``stale``."""
+def closing(trajectory: Trajectory, outcome: str, drift: float | None = None) -> PosteriorUpdate:
+    """The update that closes a trajectory's lease as ``trained`` or ``stale``, with exact drift where it is known."""
     return PosteriorUpdate.model_validate(
         {
             "lease_id": trajectory.lease_id,
@@ -200,5 +263,6 @@ def closing(trajectory: Trajectory, outcome: str) -> PosteriorUpdate:
             "outcome": outcome,
             "reward": trajectory.reward,
             "version": trajectory.last_version,
+            "kl": drift,
         }
     )

@@ -4,6 +4,9 @@ A checkpoint is a folder ``step-<step>-<fence token>`` with the shards that torc
 ``state.json``: where the learner stood, and size and crc32 of every file. It is written under another name and renamed
 when whole; it counts from the moment the resume pointer in Redis names it, which only the learner that holds the fence
 can move (I12).
+
+Saving copies the tensors to the host's memory and returns; a thread of its own, with a process group of its own, writes
+them beside the next steps. One checkpoint is in flight at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import logging
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +25,23 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from services.learner.background import Background
 from services.learner.batches import ConsumedLeases, Position
 from services.learner.model import parameters
 from services.learner.policy import Policy
-from singlestream.errors import CheckpointError
+from singlestream.errors import CheckpointError, SinglestreamError
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 STATE_FILE = "state.json"
+ARCHIVE = "archive"
+"""Folder beside the checkpoints of a resume: what is kept for good, to export."""
 MODEL = "model."
 """Prefix of the policy's own tensors; the others are the optimizer's moments."""
 _NAME = re.compile(r"^step-(\d{8})-([0-9a-f]+)$")
@@ -75,9 +85,14 @@ def fingerprint(run: str, policy: Policy) -> str:
 
 
 def _tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """Masters and both moments of every parameter, sharded as they are; loading fills these very tensors."""
+    """Masters and both moments of every parameter that trains, sharded as they are; loading fills these very tensors.
+
+    What does not train (the model under an adapter) is read from the model's own folder at every start.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters(policy.model):
+        if not parameter.requires_grad:
+            continue
         state = policy.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
@@ -91,8 +106,7 @@ def _tensors(policy: Policy) -> dict[str, torch.Tensor]:
 
 def optimizer_steps(policy: Policy) -> int:
     """Steps that the optimizer applied."""
-    states = [policy.optimizer.state[parameter] for _, parameter in parameters(policy.model)]
-    return max((int(state["step"]) for state in states if state), default=0)
+    return max((int(moments["step"]) for moments in policy.optimizer.state.values()), default=0)
 
 
 def _crc32(path: Path) -> int:
@@ -141,48 +155,50 @@ def named(folder: Path) -> list[Path]:
 
 
 class Checkpoints:
-    """Writes, finds, checks and loads the checkpoints of one run.
+    """Writes, finds, checks and loads the checkpoints of one run. Made on every rank at once.
 
     Args:
         folder: holds one folder a checkpoint.
         run: name of the run.
         policy: whose tensors are saved and loaded.
-        keep: newest checkpoints kept.
+        keep: newest checkpoints kept; a resume may use any of them.
+        archive_every: a checkpoint whose step is a multiple of it is kept for good when newer ones push it out;
+            0 keeps none.
     """
 
-    def __init__(self, folder: Path, run: str, policy: Policy, keep: int) -> None:
-        self.folder, self.policy, self.keep = folder, policy, keep
+    def __init__(self, folder: Path, run: str, policy: Policy, keep: int, archive_every: int = 0) -> None:
+        self.folder, self.policy, self.keep, self.archive_every = folder, policy, keep, archive_every
         self.fingerprint = fingerprint(run, policy)
+        self._group = policy.ranks.own_group()
+        self._mesh = init_device_mesh("cpu", (policy.ranks.world,))
+        self._beside = Background("checkpoint")
 
     def save(
         self, step: int, z: float, position: Position | None, token: str, point: Callable[[str, str], None]
     ) -> str:
-        """Write one checkpoint. Collective.
+        """Copy the state of now, and begin to write it. Waits first for the checkpoint in flight. Collective.
 
         Args:
             step: optimizer steps taken.
             z: the drift clock.
             position: rank 0's; None elsewhere.
             token: fence token, the same on every rank.
-            point: moves the resume pointer, given the name and the cursor of the oldest one kept; rank 0 calls it.
+            point: moves the resume pointer, given the name and the cursor of the oldest one kept; rank 0 calls it, on
+                the writing thread, when every file is on disk.
 
         Returns:
             The checkpoint's name.
+
+        Raises:
+            SinglestreamError: the checkpoint in flight could not be written; see `settle`.
         """
+        self.settle()
+        started_s = time.monotonic()
         name = checkpoint_name(step, token)
-        beside = self.folder / f".{name}.partial"
-        if position is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True, exist_ok=True)  # another rank's writer may have made it since
-        writer = FileSystemWriter(beside, single_file_per_rank=True, sync_files=True)
-        dcp.save(_tensors(self.policy), storage_writer=writer)
+        staged = self._staged()
         if position is None:
+            self._beside.submit(lambda: self._write(name, staged))
             return name
-        files = {
-            path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-            for path in sorted(beside.iterdir())
-            if path.name != STATE_FILE
-        }
         state = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -194,16 +210,77 @@ class Checkpoints:
             "ended": position.ended,
             "ranks": self.policy.ranks.world,
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
-            "files": files,
+        }
+
+        def write() -> None:
+            shutil.rmtree(self._partial(name), ignore_errors=True)
+            self._write(name, staged)
+            self._complete(name, state)
+            kept = self._kept(step)
+            point(name, self._cursor(kept[-1]))
+            self._remove_others(kept)
+            log.info("checkpoint %s is complete, %.2f s after its step", name, time.monotonic() - started_s)
+
+        self._beside.submit(write)
+        return name
+
+    def settle(self) -> None:
+        """Wait until the checkpoint in flight counts. Collective.
+
+        Raises:
+            SinglestreamError: it could not be written, or not be pointed to; on every rank, with the cause.
+        """
+        failure: BaseException | None = None
+        try:
+            self._beside.wait()
+        except (Exception, CheckpointException) as error:  # every rank must hear of it before this one raises
+            failure = error
+        cause = self.policy.ranks.broadcast(f"{type(failure).__name__}: {failure}".encode() if failure else b"")
+        if isinstance(failure, SinglestreamError):
+            raise failure
+        if failure is not None or cause:
+            where = "rank 0 failed: " if failure is None else ""
+            raise CheckpointError(f"{where}{cause.decode() or failure}") from failure
+
+    def check(self) -> None:
+        """Raise the error of the checkpoint in flight, if there is one already."""
+        self._beside.check()
+
+    def close(self) -> None:
+        """Finish what is being written; an error that nobody has seen is logged."""
+        self._beside.close()
+
+    def _staged(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU, sharded alike: the next step may change the originals."""
+        staged: dict[str, torch.Tensor] = {}
+        for name, tensor in _tensors(self.policy).items():
+            assert isinstance(tensor, DTensor)  # noqa: S101  FSDP shards every parameter
+            local = tensor.to_local().detach().to("cpu", copy=True)
+            staged[name] = DTensor.from_local(
+                local, self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
+        return staged
+
+    def _partial(self, name: str) -> Path:
+        return self.folder / f".{name}.partial"
+
+    def _write(self, name: str, staged: dict[str, torch.Tensor]) -> None:
+        """Every rank writes its shards beside the others."""
+        writer = FileSystemWriter(self._partial(name), single_file_per_rank=True, sync_files=True)
+        self._partial(name).mkdir(parents=True, exist_ok=True)  # another rank's writer may have made it since
+        dcp.save(staged, storage_writer=writer, process_group=self._group)
+
+    def _complete(self, name: str, state: dict[str, Any]) -> None:
+        """Note size and checksum of every file, and give the folder its name."""
+        beside, final = self._partial(name), self.folder / name
+        state["files"] = {
+            path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+            for path in sorted(beside.iterdir())
+            if path.name != STATE_FILE
         }
         (beside / STATE_FILE).write_text(json.dumps(state))
-        final = self.folder / name
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
-        kept = self._kept(step)
-        point(name, self._cursor(kept[-1]))
-        self._remove_others(kept)
-        return name
 
     def _kept(self, step: int) -> list[Path]:
         """The newest checkpoints up to ``step``, newest first; those beyond it belong to no surviving lineage."""
@@ -214,11 +291,26 @@ class Checkpoints:
         return newest_first[: self.keep]
 
     def _remove_others(self, kept: list[Path]) -> None:
+        """Delete what no resume may use any more, or archive it; the stream's entries behind it are gone."""
+        newest = step_of(kept[0].name)
         for path in named(self.folder):
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+            if path in kept:
+                continue
+            step = step_of(path.name)
+            if self.archive_every and step % self.archive_every == 0 and step <= newest:
+                self._archive(path)
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(".step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _archive(self, path: Path) -> None:
+        """Move a checkpoint away; one of the same step from a start that was undone makes room."""
+        archive = self.folder / ARCHIVE
+        archive.mkdir(exist_ok=True)
+        for other in named(archive):
+            if step_of(other.name) == step_of(path.name):
+                shutil.rmtree(other, ignore_errors=True)
+        path.rename(archive / path.name)
 
     def _cursor(self, path: Path) -> str:
         return str(read_state(path)["cursor"])
@@ -263,8 +355,8 @@ class Checkpoints:
         path = self.folder / name
         dcp.load(_tensors(self.policy), storage_reader=FileSystemReader(path))
         state = read_state(path)
-        for _, parameter in parameters(self.policy.model):
-            self.policy.optimizer.state[parameter]["step"].fill_(state["optimizer_steps"])
+        for moments in self.policy.optimizer.state.values():
+            moments["step"].fill_(state["optimizer_steps"])
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"]), dtype=torch.uint8))
         position = Position(state["cursor"], ConsumedLeases.from_json(state["consumed"]), state["ended"])
         return LearnerState(state["step"], state["z"], state["optimizer_steps"], position)

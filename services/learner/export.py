@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from singlestream.config import Config, load_config
 from singlestream.errors import CheckpointError, SinglestreamError
@@ -19,9 +19,12 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
 
 def choose(folder: Path, name: str | None) -> Path:
     """The named checkpoint, or the newest good one. Raises `CheckpointError` that says what is wrong with each."""
-    from services.learner.checkpoints import damage, named
+    from services.learner.checkpoints import ARCHIVE, damage, named
 
-    candidates = [folder / name] if name else named(folder)[::-1]
+    if name:
+        candidates = [path for path in (folder / name, folder / ARCHIVE / name) if path.is_dir()] or [folder / name]
+    else:
+        candidates = named(folder)[::-1] + named(folder / ARCHIVE)[::-1]
     problems = []
     for path in candidates:
         problem = damage(path)
@@ -29,6 +32,28 @@ def choose(folder: Path, name: str | None) -> Path:
             return path
         problems.append(problem)
     raise CheckpointError(f"{folder}: {'; '.join(problems) or 'no checkpoint there'}")
+
+
+def _whole(config: Config, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The model's weights: what the checkpoint holds, or the model's own with the checkpoint's adapters merged in."""
+    from safetensors import safe_open
+
+    from services.learner import lora
+    from services.learner.model import weight_files
+
+    adapters = {name: tensor for name, tensor in tensors.items() if lora.is_adapter(name)}
+    if not adapters:
+        return tensors
+    scaling = config.learner.lora_alpha / config.learner.lora_rank
+    whole = {}
+    for name, path in weight_files(config.run.model).items():
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(name).float()
+        layer = name.removesuffix(".weight")
+        if (a := adapters.get(f"{layer}{lora.A}.weight")) is not None:
+            tensor = lora.merged(tensor, a, adapters[f"{layer}{lora.B}.weight"], scaling)
+        whole[name] = tensor
+    return whole
 
 
 def export(
@@ -70,7 +95,8 @@ def export(
         for file in config.run.model.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copy(file, beside)
-        weights = {key.removeprefix(MODEL): tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
+        whole = _whole(config, {key.removeprefix(MODEL): tensor for key, tensor in tensors.items()})
+        weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in whole.items()}
         save_torch_state_dict(weights, beside, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
         beside.rename(out)
     finally:

@@ -13,12 +13,14 @@ from typing import Any
 
 import msgpack
 
-from services.learner.batches import BatchAssembler, Position, Verdict
+from services.learner.anchors import Anchor
+from services.learner.batches import BatchAssembler, Position
 from services.learner.ranks import Ranks
 from services.learner.redis_link import RedisLink
 from services.learner.samples import Sample, check_scorable, to_sample
-from singlestream.contracts import Message, Trajectory, decode
+from singlestream.contracts import Message, PosteriorUpdate, Trajectory, decode
 from singlestream.errors import ContractError, DeadlineExceeded, SinglestreamError
+from singlestream.streams.anchors import is_anchored
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +51,16 @@ class Batch:
         samples: trainable trajectories, in stream order.
         upcoming: what has arrived of the next batch.
         trajectories: the samples' messages.
-        stale: trajectories counted but not trained since the last batch.
+        anchors: what is kept of each one's prompt; None where nothing is.
+        stale: trajectories counted but not trained since the last batch; known to rank 0.
         wait_s: seconds without enough trajectories.
     """
 
     samples: list[Sample]
     upcoming: list[Sample]
     trajectories: list[Trajectory]
-    stale: int
+    anchors: list[Anchor | None]
+    stale: list[Trajectory]
     wait_s: float
 
 
@@ -136,7 +140,7 @@ class StreamReader:
         return self.assembler.complete
 
     def _offer(self, step: int) -> None:
-        updates = []
+        updates: list[PosteriorUpdate] = []
         while self._held and not self.assembler.complete:
             one = self._held.popleft()
             decision = self.assembler.offer(one.entry, one.number, one.message, one.raw, one.error, step)
@@ -144,8 +148,7 @@ class StreamReader:
                 reason = decision.dead_letter
                 log.error("entry %s (lease %r) is of no use: %s", one.entry, one.number, reason)
                 self._bury(one, reason)
-            if decision.update is not None:
-                updates.append(decision.update)
+            updates += decision.updates
         if updates:
             self.link.call(lambda: self.link.streams.send_updates(updates), "updates of leases that do not train")
 
@@ -154,7 +157,9 @@ class StreamReader:
 
     def waiting_for(self) -> str:
         """How much of the batch is there."""
-        return f"trajectories: {len(self.assembler.batch)} of {self.assembler.batch_size} have arrived"
+        waiting = len(self.assembler.waiting())
+        rest = f", and {waiting} of groups that are not whole" if waiting else ""
+        return f"trajectories: {len(self.assembler.batch)} of {self.assembler.batch_size} have arrived{rest}"
 
     def _complain(self) -> None:
         silent_s = time.monotonic() - self._last_arrival
@@ -178,13 +183,22 @@ class StreamReader:
 
     def _ahead(self, most_tokens: int) -> tuple[list[bytes], int]:
         """What is held of the next batch, and its action tokens."""
-        messages, tokens = [], 0
+        messages = [raw for _, raw in self.assembler.waiting()]
+        tokens = sum(trajectory.action_tokens for trajectory, _ in self.assembler.waiting())
         fresh = {one.lease_id for one in self.assembler.upcoming([held.message for held in self._held])}
         for held in self._held:
             if isinstance(held.message, Trajectory) and held.message.lease_id in fresh and tokens < most_tokens:
                 messages.append(held.raw)
                 tokens += held.message.action_tokens
         return messages, tokens
+
+    def anchors(self, share: float) -> list[bytes]:
+        """What is kept of the prompt of each trajectory of the batch; empty where nothing is."""
+        prompts = [trajectory.prompt_id for trajectory, _ in self.assembler.batch]
+        wanted = [prompt for prompt in dict.fromkeys(prompts) if is_anchored(prompt, share)]
+        found = self.link.call(lambda: self.link.streams.anchors(wanted), "anchors") if wanted else []
+        packed = dict(zip(wanted, found, strict=True))
+        return [packed.get(prompt) or b"" for prompt in prompts]
 
 
 class Intake:
@@ -196,6 +210,7 @@ class Intake:
         status: rank 0's heartbeat; None elsewhere.
         staleness_bound: segments older than this many updates are masked.
         probe_tokens: action tokens wanted of the next batch.
+        anchor_share: share of the prompts of which a response is kept.
         stop: this process's stop request.
     """
 
@@ -205,10 +220,11 @@ class Intake:
         reader: StreamReader | None,
         staleness_bound: int,
         probe_tokens: int,
+        anchor_share: float,
         stop: StopRequest,
     ) -> None:
         self.ranks, self.reader, self.stop = ranks, reader, stop
-        self._bound, self._probe_tokens = staleness_bound, probe_tokens
+        self._bound, self._probe_tokens, self._anchor_share = staleness_bound, probe_tokens, anchor_share
 
     def take(self, step: int) -> Batch | None:
         """The next train batch; None when the run has ended or a stop was asked for.
@@ -258,7 +274,7 @@ class Intake:
             "kind": "batch",
             "messages": [raw for _, raw in batch],
             "upcoming": self.reader.upcoming(self._probe_tokens),
-            "stale": self.reader.assembler.counts[Verdict.STALE],
+            "anchors": self.reader.anchors(self._anchor_share),
         }
 
     def _batch(self, answer: dict[str, Any], step: int, wait_s: float) -> Batch:
@@ -270,7 +286,8 @@ class Intake:
             samples=self._samples(trajectories, step),
             upcoming=self._samples(upcoming, step),
             trajectories=trajectories,
-            stale=answer["stale"],
+            anchors=[Anchor.unpack(packed) if packed else None for packed in answer["anchors"]],
+            stale=list(self.reader.assembler.stale) if self.reader else [],
             wait_s=wait_s,
         )
 

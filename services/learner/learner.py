@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 
 import torch
 
+from services.learner.anchors import ExactDrift, measure
+from services.learner.background import Background
 from services.learner.batches import BatchAssembler, Position, closing
 from services.learner.checkpoints import Checkpoints, LearnerState
-from services.learner.drift import DriftClock
-from services.learner.intake import Intake, StopRequest, StreamReader
+from services.learner.drift import DriftClock, Probe, make_probe
+from services.learner.intake import Batch, Intake, StopRequest, StreamReader
 from services.learner.metrics import Metrics, MetricsServer
 from services.learner.model import full_tensors
+from services.learner.observers import Observers
 from services.learner.policy import Policy, StepResult
-from services.learner.publication import remove_older, weights_crc32, write_weights
+from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
 from services.learner.redis_link import RedisLink, Status
 from services.learner.report import Step, Timer
 from services.learner.step_log import StepLog
+from services.learner.weights_http import WeightFiles
 from singlestream.config import Config
-from singlestream.contracts import PolicyVersion, Trajectory
+from singlestream.contracts import parse_lease_id
 from singlestream.errors import SinglestreamError
 from singlestream.streams import Keys
+from singlestream.streams.anchors import is_anchored
 
 log = logging.getLogger(__name__)
 
@@ -57,26 +61,36 @@ class Learner:
         self.link: RedisLink | None = None
         self._server: MetricsServer | None = None
         self._log: StepLog | None = None
+        self._observers: Observers | None = None
         self._metrics = Metrics()
+        self._beside = Background("publish")
+        files = WeightFiles.of(config)
         if ranks.first:
             status = Status(total_steps=self.total_steps)
-            self._server = MetricsServer(self._metrics, status, self.settings.metrics_host, self.settings.metrics_port)
-            self.link = RedisLink(config.run.redis_url, Keys(config.run.name), status, self.settings.redis_deadline_s)
+            settings = self.settings
+            self._server = MetricsServer(self._metrics, status, settings.metrics_host, settings.metrics_port, files)
+            self.link = RedisLink(config.run.redis_url, Keys(config.run.name), status, settings.redis_deadline_s)
+            self.link.checks.append(self._beside.check)
         self.policy = Policy(config.run.model, self.settings, config.run.temperature, ranks)
-        self.checkpoints = Checkpoints(
-            config.run.dir / "checkpoints", config.run.name, self.policy, self.settings.keep_checkpoints
-        )
+        kept, archived = self.settings.keep_checkpoints, self.settings.archive_every
+        folder = config.run.dir / "checkpoints"
+        self.checkpoints = Checkpoints(folder, config.run.name, self.policy, kept, archived)
+        if self.link is not None:
+            self.link.checks.append(self.checkpoints.check)
         self.lineage, self.token = self._take_over()
         state = self._resume()
         self.step, self._saved_step = state.step, state.step if state.step else -1
         self.clock = DriftClock(self.settings.d_half, state.z)
         self._skipped = 0
-        self._crc32 = 0
+        self._noise: float | None = None
+        self._publisher = Publisher(config, self.lineage, self.link, files) if self.link is not None else None
         self._checkpoint_s = 0.0
         reader = self._reader(state.position)
-        self.intake = Intake(ranks, reader, config.run.staleness_bound, self.settings.probe_tokens, self.stop)
+        bound, tokens = config.run.staleness_bound, self.settings.probe_tokens
+        self.intake = Intake(ranks, reader, bound, tokens, config.anchor_share, self.stop)
         if ranks.first:
             self._log = StepLog(config.run.dir, self.step)
+            self._observers = Observers(config, self.step)
 
     def _take_over(self) -> tuple[int, str]:
         answer = b""
@@ -116,7 +130,7 @@ class Learner:
         run = self.config.run
         return StreamReader(
             self.link,
-            BatchAssembler(run.train_batch_size, run.staleness_bound, position),
+            BatchAssembler(run.train_batch_size, run.staleness_bound, position, self.config.value_store.group_size),
             self.policy.vocabulary,
             self.policy.longest_tokens,
             self.settings.wait_warn_s,
@@ -143,73 +157,107 @@ class Learner:
             raise NonFiniteSteps(f"{MOST_SKIPPED} steps in a row were not finite; the last is step {self.step}")
 
     def publish(self, drift: float) -> None:
-        """Write this version's weights and announce them. Collective."""
-        run = self.config.run
-        tensors = full_tensors(self.policy.model, getattr(torch, run.engine_dtype))
-        if self.link is None:
+        """Take a snapshot of this version's weights; it is checked and announced beside the next step. Collective.
+
+        Raises the error of what was left to do beside the step before.
+        """
+        tensors = full_tensors(self.policy.model, getattr(torch, self.config.run.engine_dtype))
+        if self.link is None or self._publisher is None:
             for _ in tensors:
                 pass
             return
-        link = self.link
-        link.status.state = "publishing"
-        manifest = write_weights(tensors, run.weights_path, self.step, self.lineage, run.engine_dtype)
-        version = PolicyVersion(
-            version=self.step,
-            lineage=self.lineage,
-            z=self.clock.z,
-            drift=drift,
-            manifest=manifest,
-            published_at_s=time.time(),
-        )
-        link.call(lambda: link.streams.publish(version), f"policy version {self.step}")
-        remove_older(run.weights_path)
-        self._crc32 = weights_crc32(manifest)
-        link.status.step = link.status.version = self.step
+        publisher, z = self._publisher, self.clock.z
+        self.link.status.state, self.link.status.step = "publishing", self.step
+        self._beside.wait()  # one version at a time, which bounds the memory
+        snapshot = publisher.snapshot(tensors, self.step)
+        self._beside.submit(lambda: publisher.announce(snapshot, z, drift))
 
-    def close_leases(self, trajectories: Sequence[Trajectory]) -> None:
-        """Send the posterior update of every trained trajectory; after `publish`, so that its version's z is known."""
-        if self.link is not None:
-            link = self.link
-            updates = [closing(trajectory, "trained") for trajectory in trajectories]
+    def probe(self, batch: Batch) -> Probe:
+        """Score the drift clock's probe; at the first step of a start twice, for the noise floor. Collective."""
+        probe = make_probe(self.policy, batch.upcoming, batch.samples, self.settings.probe_tokens)
+        if self._noise is None:
+            self._noise = probe.drift()
+        return probe
+
+    def exact_drift(self, batch: Batch) -> ExactDrift:
+        """Measure D where a previous response is kept, and score the responses to be kept. Collective."""
+        keep_N = [is_anchored(sample.prompt_id, self.config.anchor_share) for sample in batch.samples]
+        return measure(self.policy, batch.samples, batch.anchors, keep_N, self.step, self.clock.z)
+
+    def close_leases(self, batch: Batch, exact: ExactDrift) -> None:
+        """Send the posterior update of every trained trajectory, once its version is announced and its z known.
+
+        What is kept of them goes before, so that it is there when the value store counts the update.
+        """
+        if self.link is None:
+            return
+        link, most_bytes = self.link, self.settings.anchor_bytes
+        updates = [closing(one, "trained", drift) for one, drift in zip(batch.trajectories, exact.drift_N, strict=True)]
+        # a script of the value store counts each prompt once: so first members of all groups, then second ones
+        size = self.config.value_store.group_size
+        updates.sort(key=lambda update: (parse_lease_id(update.lease_id)[2] - 1) % size)
+        kept = [(anchor.sample.lease_id, anchor.pack()) for anchor in exact.kept]
+
+        def close() -> None:
+            if kept:
+                link.call(lambda: link.streams.put_anchors(kept, most_bytes), "anchors")
             link.call(lambda: link.streams.send_updates(updates), "posterior updates")
 
+        self._beside.submit(close)
+
     def checkpoint_if_due(self) -> None:
-        """Write a checkpoint every ``checkpoint_every`` steps. Collective."""
+        """Begin a checkpoint every ``checkpoint_every`` steps; it is written beside the next. Collective."""
         if self.step % self.settings.checkpoint_every == 0:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write a checkpoint of the state behind the last step, unless there is one. Collective."""
+        """Begin a checkpoint of the state behind the last step, unless there is one. Collective."""
         if self.step == self._saved_step:
             return
         started = time.monotonic()
-        name = self.checkpoints.save(self.step, self.clock.z, self.intake.position, self.token, self._point)
+        self.checkpoints.save(self.step, self.clock.z, self.intake.position, self.token, self._point)
         self._saved_step, self._checkpoint_s = self.step, time.monotonic() - started
-        if self.ranks.first:
-            log.info("checkpoint %s in %.2f s", name, self._checkpoint_s)
 
     def _point(self, name: str, oldest_cursor: str) -> None:
         if self.link is not None:
             streams = self.link.streams
+            # a resume does not announce or close again what lies before its checkpoint
+            self._beside.wait()
             self.link.call(lambda: streams.resume_from(name, oldest_cursor), "the resume pointer")
 
     def report(self, step: Step) -> None:
-        """Write the step's record, metrics and log line."""
-        if self.link is None or self._log is None:
-            return
-        record = self._log.write(step.record(self.step, self.lineage, self.clock.z, self._crc32))
-        self._metrics.observe(record)
+        """Write the step's record, metrics and log line, once its version is announced."""
+        if self.link is not None:
+            number, z = self.step, self.clock.z
+            self._beside.submit(lambda: self._record(step, number, z))
+
+    def _record(self, step: Step, number: int, z: float) -> None:
+        publisher = self._publisher
+        assert self._log is not None and self.link is not None and publisher is not None  # noqa: S101  rank 0's
+        assert self._observers is not None  # noqa: S101  rank 0's
+        fields = step.record(number, self.lineage, z, publisher.crc32)
+        fields |= {
+            "drift_noise": self._noise,
+            "publication_s": round(publisher.seconds, 3),
+            "delta_ratio": publisher.delta_ratio,
+            "mfu": self.policy.model_flops_share(step.batch.samples, step.seconds["forward_backward"]),
+        }
+        record = self._log.write(fields, step.evidence(number))
+        for observer in (self._metrics, self._observers):
+            observer.observe(record)
         self.link.status.reward_mean = record["reward_mean"]
         log.info(
             "step %d/%d reward %.3f staleness %.2f tokens/s %.0f idle %.0f %% loss %.4g drift %.4g",
-            self.step, self.total_steps, record["reward_mean"], record["staleness_mean"], record["tokens_per_s"],
+            number, self.total_steps, record["reward_mean"], record["staleness_mean"], record["tokens_per_s"],
             100 * record["learner_idle_ratio"], step.result.loss, step.drift,
         )  # fmt: skip
 
     def finish(self) -> None:
         """Leave a last checkpoint and say whether the run is over or only stopped. Collective."""
         self.checkpoint()
+        self.checkpoints.settle()
         if self.link is not None:
+            self._beside.wait()
             position = self.intake.position
             over = self.step >= self.total_steps or (position is not None and position.ended)
             self.link.status.state = "finished" if over else "stopped"
@@ -217,7 +265,8 @@ class Learner:
             log.info("%s at step %d of %d", self.link.status.state, self.step, self.total_steps)
 
     def close(self) -> None:
-        """Release port, thread and files."""
-        for part in (self._log, self._server, self.link):
+        """Finish what is left to do beside the loop; release port, threads and files."""
+        beside = (self.checkpoints, self._beside, self._publisher)
+        for part in (*beside, self._log, self._observers, self._server, self.link):
             if part is not None:
                 part.close()

@@ -5,12 +5,10 @@ Every rank runs it; what only rank 0 may do (Redis, files) is inside `Learner`.
 
 from __future__ import annotations
 
-import numpy as np
-
-from services.learner.advantages import advantages, normalise
-from services.learner.drift import make_probe
+from services.learner.advantages import score
 from services.learner.learner import Learner
 from services.learner.report import Step
+from services.learner.updates import update
 
 
 def train(learner: Learner) -> None:
@@ -30,23 +28,21 @@ def train(learner: Learner) -> None:
             break
         timer = learner.timer(batch.wait_s)
 
+        with timer("probe"):
+            probe = learner.probe(batch)
+            exact = learner.exact_drift(batch)
         with timer("forward_backward"):
-            raw_N = advantages(
-                np.array([sample.reward for sample in batch.samples]),
-                np.array([sample.v_hat for sample in batch.samples]),
-            )
-            tokens_N = np.array([sample.trained_tokens for sample in batch.samples])
-            advantages_N = normalise(raw_N, tokens_N, settings.normaliser)
-            probe = make_probe(policy, batch.upcoming, batch.samples, settings.probe_tokens)
-            result = policy.update(batch.samples, advantages_N, learner.step)
-            drift = probe.drift() if result.applied else 0.0
+            advantages = score(batch.samples, learner.config)
+            result = update(policy, batch.samples, advantages.scaled_N, learner.step, settings.updates_per_batch)
+        with timer("probe"):
+            drift = probe.drift()
 
         clock.advance(drift)
         learner.count_step(result)
         with timer("publish"):
             learner.publish(drift)
-            learner.close_leases(batch.trajectories)
-        learner.report(Step(batch, raw_N, result, drift, probe.source, probe.tokens, timer.seconds))
+            learner.close_leases(batch, exact)
+        learner.report(Step(batch, advantages, result, drift, probe, exact, timer.seconds))
         learner.checkpoint_if_due()
 
     learner.finish()

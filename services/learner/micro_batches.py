@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from services.learner.attention import Rows, rows_of
 from services.learner.packing import Layout
 from services.learner.samples import Sample
 
@@ -29,6 +30,7 @@ class MicroBatch:
         row_A: which of ``samples`` each belongs to.
         staleness_A: optimizer updates since each was sampled.
         samples: indices into the batch.
+        rows: where each trajectory lies in a packed row; None for padded rows.
     """
 
     token_ids_BT: torch.Tensor
@@ -40,6 +42,7 @@ class MicroBatch:
     row_A: torch.Tensor
     staleness_A: torch.Tensor
     samples: list[int]
+    rows: Rows | None = None
 
 
 def lay_out(batch: Sequence[Sample], chosen: list[int], layout: Layout, device: torch.device) -> MicroBatch:
@@ -50,6 +53,7 @@ def lay_out(batch: Sequence[Sample], chosen: list[int], layout: Layout, device: 
     lengths = [row.tokens for row in rows]
     if layout == "packed":
         token_ids_BT = np.concatenate([row.token_ids_T for row in rows])[None]
+        packed: Rows | None = rows_of(lengths, device)
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None]).to(device)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     else:
@@ -57,7 +61,7 @@ def lay_out(batch: Sequence[Sample], chosen: list[int], layout: Layout, device: 
         token_ids_BT = np.zeros((len(rows), width), np.int64)
         for place, row in enumerate(rows):
             token_ids_BT[place, : row.tokens] = row.token_ids_T
-        positions = None
+        positions, packed = None, None
         starts = np.arange(len(rows)) * width
     actions = [np.flatnonzero(row.action_T) for row in rows]
 
@@ -77,6 +81,7 @@ def lay_out(batch: Sequence[Sample], chosen: list[int], layout: Layout, device: 
         row_A=torch.from_numpy(row_A).to(device),
         staleness_A=gather("staleness_T"),
         samples=chosen,
+        rows=packed,
     )
 
 

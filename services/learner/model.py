@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from services.learner import attention, lora
 from services.learner.chunked_logprobs import logits_of, score
 from singlestream.config import LearnerConfig
 from singlestream.errors import ConfigError, WeightsError
@@ -48,9 +49,13 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
         chunk_tokens: rows of one chunk; each is computed again in the backward pass.
     """
 
+    lora_scaling = 0.0
+    """How often B·A counts, where there are adapters."""
+
     def __init__(self, lm: nn.Module, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
         self.lm, self.temperature, self.chunk_tokens = lm, temperature, chunk_tokens
+        self.plain = lm.config._attn_implementation == attention.NAME
 
     def forward(
         self,
@@ -58,6 +63,7 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
         position_ids_BT: torch.Tensor | None,
         before_A: torch.Tensor,
         targets_A: torch.Tensor,
+        rows: attention.Rows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score action tokens.
 
@@ -66,12 +72,14 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
             position_ids_BT: restarting at each trajectory of a packed row; None for padded rows.
             before_A: index into the flattened rows of the token before each action token.
             targets_A: the action tokens; at least one.
+            rows: where the trajectories of a packed row lie; None for padded rows.
 
         Returns:
             (log-probs [A] in fp32, mean entropy in nats of a sample of them).
         """
         base = getattr(self.lm, self.lm.base_model_prefix)
-        output = base(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False)
+        inside = {"rows": rows} if self.plain else {}  # else transformers reads the position ids, and makes a mask
+        output = base(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False, **inside)
         hidden_AH = output.last_hidden_state.flatten(0, 1)[before_A]
         head_VH = self.lm.get_output_embeddings().weight
         logprobs_A = score(hidden_AH, head_VH, targets_A, self.temperature, self.chunk_tokens)
@@ -110,13 +118,17 @@ def load_policy(
     except (OSError, ValueError) as error:
         raise ConfigError(f"run.model: {folder}: {error}") from error
     _refuse_unsupported(config)
+    implementation = attention.NAME if attention.attends_plainly(config.get_text_config()) else "sdpa"
     with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
     lm.tie_weights()
+    if settings.lora_rank:
+        lora.add_adapters(lm, settings)
     lm.train(settings.gradient_checkpointing)
     if settings.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = Scorer(lm, temperature, settings.logprob_chunk_tokens)
+    scorer.lora_scaling = settings.lora_alpha / max(1, settings.lora_rank)
     _shard(scorer, settings, mesh)
     _materialise(scorer, device)
     _fill(scorer, folder)
@@ -144,8 +156,8 @@ def _materialise(scorer: Scorer, device: torch.device) -> None:
         buffer.copy_(buffers[name])
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Which file holds which parameter."""
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which file of a Hugging Face folder holds which parameter. Raises `ConfigError` where there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -157,9 +169,12 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _fill(scorer: Scorer, folder: Path) -> None:
-    files = _files(folder)
+    files = weight_files(folder)
     opened: dict[Path, Any] = {}
     for name, parameter in parameters(scorer):
+        if lora.is_adapter(name):
+            _copy_rows(parameter, lora.initial(name, parameter.shape))
+            continue
         if name not in files:
             raise WeightsError(f"{folder} has no parameter {name}, which its architecture needs")
         if files[name] not in opened:
@@ -167,29 +182,45 @@ def _fill(scorer: Scorer, folder: Path) -> None:
         stored = opened[files[name]].get_slice(name)
         if list(stored.get_shape()) != list(parameter.shape):
             raise WeightsError(f"{folder}: {name} has shape {stored.get_shape()}, not {list(parameter.shape)}")
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        local = parameter.to_local()
-        if local.numel():
-            local.detach().copy_(stored[offset[0] : offset[0] + shape[0]])
+        _copy_rows(parameter, stored)
+
+
+def _copy_rows(parameter: Any, stored: Any) -> None:
+    """Fill this rank's shard from anything that can be sliced by rows."""
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local = parameter.to_local()
+    if local.numel():
+        local.detach().copy_(stored[offset[0] : offset[0] + shape[0]])
 
 
 def parameters(scorer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name as the Hugging Face checkpoint spells it, sharded parameter), layer by layer; a tied tensor comes once."""
+    """(name as the Hugging Face checkpoint spells it, sharded parameter), layer by layer; a tied tensor comes once.
+
+    Adapters come beside the weight that they belong to, under names that no checkpoint of the model has.
+    """
     for name, parameter in scorer.named_parameters():
-        yield name.removeprefix(PREFIX), parameter
+        yield name.removeprefix(PREFIX).replace(lora.BASE, ""), parameter
 
 
-def full_tensors(scorer: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor on the CPU in ``dtype``), one by one. Collective: every rank must run it to its end."""
-    for name, parameter in parameters(scorer):
-        whole = parameter.detach().to(dtype)
+def full_tensors(scorer: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor on the CPU in ``dtype``), one by one, adapters merged.
+
+    Collective: every rank must run it to its end.
+    """
+    named = dict(parameters(scorer))
+    for name, parameter in named.items():
+        if lora.is_adapter(name):
+            continue
+        whole = parameter.detach()
+        layer = name.removesuffix(".weight")
+        if (a := named.get(f"{layer}{lora.A}.weight")) is not None:
+            whole = lora.merged(whole, a.detach(), named[f"{layer}{lora.B}.weight"].detach(), scorer.lora_scaling)
+        whole = whole.to(dtype)
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()
         yield name, whole.cpu().contiguous()
 
 
 def count_parameters(scorer: nn.Module) -> int:
-    """Parameters of the whole model, tied ones once."""
-    return sum(parameter.numel() for _, parameter in parameters(scorer))
+    """Parameters of the whole model, tied ones once, adapters not counted."""
+    return sum(parameter.numel() for name, parameter in parameters(scorer) if not lora.is_adapter(name))

@@ -69,8 +69,9 @@ class Policy:
         self.longest_tokens = int(config.max_position_embeddings)
         self.size = count_parameters(self.model)
         self._attention_size = int(config.num_hidden_layers * config.hidden_size)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
         )
         names = ("old", "clip_low", "clip_high", "dual_clip", "truncation", "ratio_mask")
         self.loss_settings = LossSettings(**{name: getattr(settings, name) for name in names})
@@ -81,6 +82,15 @@ class Policy:
             return self.settings.lr
         return self.settings.lr * min(1.0, (step + 1) / self.settings.warmup_steps)
 
+    def _flops(self, tokens: int) -> float:
+        """Floating-point operations of one trajectory's forward and backward pass, recomputation not counted."""
+        return 6.0 * tokens * (self.size + self._attention_size * tokens)
+
+    def model_flops_share(self, batch: Sequence[Sample], seconds: float) -> float | None:
+        """MFU of a step over a batch: operations a second over the peak of all ranks; None where no peak is set."""
+        peak = 1e12 * self.settings.peak_tflops * self.ranks.world
+        return sum(self._flops(sample.tokens) for sample in batch) / (seconds * peak) if peak and seconds else None
+
     def micro_batches(self, batch: Sequence[Sample]) -> list[MicroBatch]:
         """This rank's share of a batch; as many on every rank."""
         shares = plan(
@@ -88,13 +98,15 @@ class Policy:
             self.ranks.world,
             self.settings.micro_batch_tokens,
             self.settings.attention,
-            cost=lambda tokens: float(tokens * (self.size + self._attention_size * tokens)),
+            cost=self._flops,
         )
         mine = shares[self.ranks.rank]
         return [lay_out(batch, chosen, self.settings.attention, self.ranks.device) for chosen in mine]
 
     def _score(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_A, entropy = self.model(micro.token_ids_BT, micro.position_ids_BT, micro.before_A, micro.targets_A)
+        logprobs_A, entropy = self.model(
+            micro.token_ids_BT, micro.position_ids_BT, micro.before_A, micro.targets_A, micro.rows
+        )
         return logprobs_A, entropy
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
@@ -104,24 +116,32 @@ class Policy:
         self.model.reshard()  # FSDP leaves the root's parameters whole after a forward pass, for a backward to come
         return scores
 
-    def update(self, batch: Sequence[Sample], advantages_N: NDArray[np.float64], step: int) -> StepResult:
+    def update(
+        self,
+        batch: Sequence[Sample],
+        advantages_N: NDArray[np.float64],
+        step: int,
+        scored: Sequence[tuple[MicroBatch, torch.Tensor]] | None = None,
+    ) -> StepResult:
         """One optimizer step on the loss of the global batch, unless something in it is not finite.
 
         Args:
             batch: the same samples on every rank.
             advantages_N: normalised.
             step: optimizer steps taken so far.
+            scored: this rank's micro-batches and the old policy's log-probs of each, where the batch takes several
+                updates; None lays them out here, and takes the policy's own log-probs.
         """
         action_tokens = sum(sample.action_tokens for sample in batch)
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         maxima = torch.zeros(len(MAXIMA), dtype=torch.float64)
         bad_N = torch.zeros(len(batch), dtype=torch.float64)
-        for micro in self.micro_batches(batch):
+        for micro, old_A in scored or [(micro, None) for micro in self.micro_batches(batch)]:
             logprobs_A, entropy = self._score(micro)
             advantages_A = torch.as_tensor(advantages_N[micro.samples] if micro.samples else np.zeros(1))
             advantages_A = advantages_A.to(logprobs_A)[micro.row_A]
             result = objective(
-                logprobs_A, micro.behaviour_A, advantages_A, micro.mask_A, action_tokens, self.loss_settings
+                logprobs_A, micro.behaviour_A, advantages_A, micro.mask_A, action_tokens, self.loss_settings, old_A
             )
             result.loss.backward()
             self._account(micro, entropy, advantages_A, result, sums, maxima, bad_N)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from services.learner.advantages import Advantages
+from services.learner.anchors import ExactDrift
+from services.learner.drift import Probe
 from services.learner.intake import Batch
 from services.learner.metrics import PERCENTILES
 from services.learner.policy import StepResult
@@ -27,7 +29,13 @@ class Timer:
     """
 
     def __init__(self, wait_s: float, checkpoint_s: float) -> None:
-        self.seconds = {"wait": wait_s, "forward_backward": 0.0, "publish": 0.0, "checkpoint": checkpoint_s}
+        self.seconds = {
+            "wait": wait_s,
+            "probe": 0.0,
+            "forward_backward": 0.0,
+            "publish": 0.0,
+            "checkpoint": checkpoint_s,
+        }
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -45,34 +53,72 @@ class Step:
 
     Args:
         batch: what was trained.
-        raw_N: advantages before normalisation.
-        result: of the optimizer step.
+        advantages: before and after scaling.
+        result: of the optimizer's updates.
         drift: mean |log π_{k+1} − log π_k| on the probe, nats.
-        drift_source: which tokens the probe had.
-        drift_tokens: how many.
+        probe: the drift clock's.
+        exact: drift on the prompts' previous responses.
         seconds: by part of the step.
     """
 
     batch: Batch
-    raw_N: NDArray[np.float64]
+    advantages: Advantages
     result: StepResult
     drift: float
-    drift_source: str
-    drift_tokens: int
+    probe: Probe
+    exact: ExactDrift
     seconds: dict[str, float]
+
+    def evidence(self, step: int) -> list[dict[str, Any]]:
+        """One record for each trajectory counted, as ``evidence.jsonl`` has them; docs/learner.md has the fields."""
+        trained = [
+            {
+                "step": step,
+                "lease_id": sample.lease_id,
+                "prompt_id": sample.prompt_id,
+                "outcome": "trained",
+                "reward": sample.reward,
+                "v_hat": sample.v_hat,
+                "first_version": sample.first_version,
+                "version": sample.last_version,
+                "tokens": sample.trained_tokens,
+                "drift": drift,
+                "drift_clock": clock,
+            }
+            for sample, drift, clock in zip(self.batch.samples, self.exact.drift_N, self.exact.clock_N, strict=True)
+        ]
+        stale = [
+            {
+                "step": step,
+                "lease_id": one.lease_id,
+                "prompt_id": one.prompt_id,
+                "outcome": "stale",
+                "reward": one.reward,
+                "v_hat": one.v_hat,
+                "first_version": one.first_version,
+                "version": one.last_version,
+                "tokens": 0,
+                "drift": None,
+                "drift_clock": None,
+            }
+            for one in self.batch.stale
+        ]
+        return stale + trained
 
     def record(self, step: int, lineage: int, z: float, weights_crc32: int) -> dict[str, Any]:
         """The record; docs/learner.md has the unit and meaning of each field."""
         samples = self.batch.samples
         busy_s = sum(seconds for part, seconds in self.seconds.items() if part != "wait")
         actions = sum(sample.action_tokens for sample in samples)
-        percentiles = np.percentile(self.raw_N, PERCENTILES)
+        percentiles = np.percentile(self.advantages.raw_N, PERCENTILES)
         fields: dict[str, Any] = {
             "step": step,
             "policy_version": step,
             "lineage": lineage,
             "trajectories": len(samples),
-            "stale": self.batch.stale,
+            "stale": len(self.batch.stale),
+            "groups": self.advantages.groups,
+            "degenerate_groups": self.advantages.degenerate,
             "reward_mean": _mean([sample.reward for sample in samples]),
             "v_hat_mean": _mean([sample.v_hat for sample in samples]),
             "tool_calls_mean": _mean([sample.tool_calls for sample in samples]),
@@ -87,8 +133,9 @@ class Step:
             **self.result.means,
             **{f"advantage_p{p}": float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
             "drift": self.drift,
-            "drift_source": self.drift_source,
-            "drift_tokens": self.drift_tokens,
+            "drift_source": self.probe.source,
+            "drift_tokens": self.probe.tokens,
+            **self.exact.means(),
             "z": z,
             **{f"{part}_s": seconds for part, seconds in self.seconds.items()},
             "learner_idle_ratio": self.seconds["wait"] / max(1e-9, self.seconds["wait"] + busy_s),

@@ -30,7 +30,8 @@ class Sample:
         mask_T: True where the token trains: an action of a segment young enough (I7, I11).
         behaviour_T: float32, the engine's log-prob of each action; 0 elsewhere.
         staleness_T: optimizer updates between sampling and this step; `NOT_GENERATED` elsewhere.
-        last_version: policy version of the last generated segment.
+        first_version: policy version of the first generated segment.
+        last_version: policy version of the last one.
         policy_versions: distinct (version, lineage) that sampled it.
         tool_calls: code blocks run.
     """
@@ -44,6 +45,7 @@ class Sample:
     mask_T: NDArray[np.bool_]
     behaviour_T: NDArray[np.float32]
     staleness_T: NDArray[np.int32]
+    first_version: int
     last_version: int
     policy_versions: int
     tool_calls: int
@@ -92,6 +94,7 @@ def to_sample(trajectory: Trajectory, step: int, staleness_bound: int) -> Sample
         mask_T=np.concatenate(masks),
         behaviour_T=np.concatenate(behaviours),
         staleness_T=np.concatenate(ages),
+        first_version=trajectory.first_version,
         last_version=trajectory.last_version,
         policy_versions=len({(s.version, s.lineage) for s in trajectory.segments if s.version is not None}),
         tool_calls=len(trajectory.tool_calls),

@@ -1,14 +1,18 @@
-"""``steps.jsonl`` and TensorBoard: one record a step, of the surviving lineage only."""
+"""``steps.jsonl`` and TensorBoard, one record a step, and ``evidence.jsonl``, one a trajectory.
+
+All tell the surviving lineage only.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FILE = "steps.jsonl"
+STEPS, EVIDENCE = "steps.jsonl", "evidence.jsonl"
 STARTED = "started_at_s"
 
 
@@ -24,8 +28,26 @@ def surviving_records(text: str, step: int) -> list[str]:
     return kept
 
 
+class _Lines:
+    """A file of JSON lines with a step in each; what a resume takes again is cut off."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = surviving_records(path.read_text(), step) if step and path.is_file() else []
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(line + "\n" for line in kept))
+        os.replace(beside, path)
+        self._file = path.open("a")
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class StepLog:
-    """Appends one record a step.
+    """Appends one record a step, and one for each trajectory counted.
 
     Args:
         folder: of the run; made if missing.
@@ -36,26 +58,19 @@ class StepLog:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE
         started = folder / STARTED
         if step == 0 or not started.is_file():
             started.write_text(repr(time.time()))
         self._started_s = float(started.read_text())
-        self._cut(step)
-        self._file = self.path.open("a")
+        self._evidence = _Lines(folder / EVIDENCE, step)
+        self._steps = _Lines(folder / STEPS, step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def _cut(self, step: int) -> None:
-        kept = surviving_records(self.path.read_text(), step) if step and self.path.is_file() else []
-        beside = self.path.with_suffix(".partial")
-        beside.write_text("".join(line + "\n" for line in kept))
-        os.replace(beside, self.path)
-
-    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+    def write(self, record: dict[str, Any], evidence: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Append a record with the seconds since the run's first start; returns it as written."""
+        self._evidence.append(evidence)
         record = {**record, "wall_s": round(time.time() - self._started_s, 3)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._steps.append([record])
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(f"learner/{name}", value, record["step"])
@@ -63,5 +78,6 @@ class StepLog:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
+        self._evidence.close()
+        self._steps.close()
         self._board.close()

@@ -1,4 +1,4 @@
-"""``python -m services.rollout [--config FILE] [--no-ray]``."""
+"""``python -m services.rollout [--config FILE] [--no-ray | --node]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the service; returns the exit code: 0 after an orderly stop, 1 if an engine failed, 2 for a wrong setting."""
     parser = argparse.ArgumentParser(prog="python -m services.rollout", description=__doc__)
     parser.add_argument("--config", type=Path, help="TOML file of the run; else SINGLESTREAM_CONFIG names it")
-    parser.add_argument("--no-ray", action="store_true", help="one replica in this process, without Ray Serve")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--no-ray", action="store_true", help="one replica in this process, without Ray Serve")
+    how.add_argument("--node", action="store_true", help="a Ray node with room for one replica, at rollout.ray_address")
     options = parser.parse_args(argv)
 
     from singlestream.config import LOOPBACK, load_config
@@ -33,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
             from services.rollout.single import run_single
 
             return run_single(config)
+        if options.node:
+            from services.rollout.node import run_node
+
+            return run_node(config)
         from services.rollout.serve import run_serve
 
         return run_serve(config)

@@ -1,7 +1,8 @@
-"""Reward functions of other stacks as graders: ``verl:package.module:function``, ``trl:package.module:function``.
+"""Reward functions of other stacks as graders: ``verl:package.module:function``, ``trl:…``, ``verifiers:…``.
 
 A verl function is called as ``compute_score(data_source, solution_str, ground_truth, extra_info)`` and may return a
 number or a dict with ``score``; a TRL function as ``f(prompts=[…], completions=[…], **columns)`` and returns a list.
+For verifiers the function makes a taskset, whose tasks score (`verifiers_tasks`).
 Scores below 0, such as verl's −1 for a wrong answer, become 0 here, because a posterior's rewards lie in [0, 1]; above
 1 the trajectory fails.
 """
@@ -12,13 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from services.rollout.graders import Grader, Response
-
-PREFIXES = ("verl", "trl")
-
-
-def adapt(kind: str, function: Callable[..., Any]) -> Grader:
-    """A grader around another stack's reward function. Raises KeyError for a kind that is not in `PREFIXES`."""
-    return {"verl": from_verl, "trl": from_trl}[kind](function)
+from services.rollout.verifiers_tasks import from_verifiers
 
 
 def from_verl(compute_score: Callable[..., Any]) -> Grader:
@@ -51,3 +46,11 @@ def from_trl(reward: Callable[..., Any]) -> Grader:
         return max(0.0, float(scores[0]))
 
     return grade
+
+
+ADAPTERS: dict[str, Callable[[Callable[..., Any]], Grader]] = {
+    "verl": from_verl,
+    "trl": from_trl,
+    "verifiers": from_verifiers,
+}
+"""Prefix of a grader's name → what makes a grader of that stack's function."""

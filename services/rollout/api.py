@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -44,6 +44,18 @@ class ScaleRequest(BaseModel):
 
     replicas: int = Field(ge=0, le=1024)
     """Most replicas; fewer run where the nodes have no room for more. 0 stops all, this interface with them."""
+
+
+class ControlRequest(BaseModel):
+    """What every replica shall do."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["pause", "resume", "refresh"]
+    """``pause``: take no more leases, what runs goes on. ``resume``: take them again.
+
+    ``refresh``: load the newest policy version from its file again, even if it is the one that is held.
+    """
 
 
 def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
@@ -96,6 +108,11 @@ def _guarded(replica_of: Callable[[], Replica]) -> APIRouter:
         """Set how many replicas the run may have; new ones take a minute, surplus ones hand their episodes over."""
         await replica_of().set_cap(request.replicas)
         return {"replicas": request.replicas}
+
+    @guarded.post("/v1/control")
+    async def control(request: ControlRequest) -> dict[str, Any]:
+        """Tell every replica that runs now; one that starts later has not heard it."""
+        return {"replicas": await replica_of().control_all(request.action)}
 
     @guarded.post("/v1/episodes")
     async def episodes(request: EpisodeRequest) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Datasets to prompts: ``python -m services.rollout.datasets NAME [FILES…] --out prompts.jsonl``.
 
 What differs between datasets is data, in `SCHEMAS`: where the question and the answer stand. Files are JSONL or
-Parquet; without files the dataset is loaded from the Hugging Face hub, which needs the package ``datasets``. The output
-is what ``POST /v1/prompts`` takes, a prompt a line.
+Parquet; without files the dataset is loaded from the Hugging Face hub, which needs the package ``datasets``. Tasks
+that a package makes: ``reasoning_gym:GENERATOR:SIZE:SEED`` and ``verifiers:package.module:function``. The output is
+what ``POST /v1/prompts`` takes, a prompt a line.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,42 +127,93 @@ def read_hub(schema: Schema) -> Iterator[dict[str, Any]]:
     yield from load_dataset(schema.hub, schema.subset, split=schema.split)
 
 
-def prompts(rows: Iterable[Mapping[str, Any]], schema: Schema, source: str) -> Iterator[dict[str, str]]:
+def prompts(
+    rows: Iterable[Mapping[str, Any]], schema: Schema, source: str, left_out: list[str]
+) -> Iterator[dict[str, str]]:
     """Questions and answers, each question once: a posterior belongs to a prompt.
 
+    Args:
+        rows: of the data set.
+        schema: where they keep what is needed.
+        source: the data set's name.
+        left_out: gets a line for each row whose question or answer is empty: published sets have some.
+
     Raises:
-        ConfigError: a row has no question or no answer; names its number.
+        ConfigError: a row has no such field; names its number.
     """
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         try:
             question, answer = to_prompt(row, schema)
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
             raise ConfigError(f"{source}, row {number}: {error}") from error
+        except ValueError as error:
+            left_out.append(f"{source}, row {number}: {error}")
+            continue
         if question not in seen:
             seen.add(question)
             yield {"question": question, "answer": answer, "source": source}
 
 
+def _reasoning_gym(arguments: str) -> Iterator[dict[str, str]]:
+    from services.rollout.environments.reasoning_gym import entries
+
+    try:
+        generator, size, seed = arguments.split(":")
+        yield from entries(generator, int(size), int(seed))
+    except ValueError as error:
+        raise ConfigError(f"reasoning_gym:{arguments}: {error}") from error
+
+
+def _verifiers(path: str) -> Iterator[dict[str, str]]:
+    from services.rollout.verifiers_tasks import entries
+
+    try:
+        yield from entries(path)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"verifiers:{path}: {error}") from error
+
+
+MAKERS = {"reasoning_gym": _reasoning_gym, "verifiers": _verifiers}
+"""Name before the first colon → prompts of what stands after it; they bring their own environment."""
+
+
+def read(name: str, files: Sequence[Path], environment: str, left_out: list[str]) -> Iterator[dict[str, str]]:
+    """Prompts of a data set, or of tasks that a package makes. Raises `ConfigError` for a bad name or row."""
+    kind, _, arguments = name.partition(":")
+    if kind in MAKERS:
+        yield from MAKERS[kind](arguments)
+        return
+    if name not in SCHEMAS:
+        raise ConfigError(f"{name!r} is none of {', '.join(sorted(SCHEMAS))}, {':…, '.join(MAKERS)}:…")
+    schema = SCHEMAS[name]
+    rows = (row for path in files for row in read_file(path)) if files else read_hub(schema)
+    for prompt in prompts(rows, schema, name, left_out):
+        yield prompt | {"environment": environment}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write a dataset's prompts; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m services.rollout.datasets", description=__doc__)
-    parser.add_argument("name", choices=sorted(SCHEMAS))
+    parser.add_argument("name", help=", ".join([*sorted(SCHEMAS), *(f"{kind}:…" for kind in MAKERS)]))
     parser.add_argument("files", nargs="*", type=Path, help="JSONL or Parquet; none: from the Hugging Face hub")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
     parser.add_argument("--environment", default="math_python", help="environment, optionally with /grader")
     parser.add_argument("--split", default="train", choices=("train", "eval"), help="what the prompts are for")
     options = parser.parse_args(argv)
-    schema = SCHEMAS[options.name]
-    rows = (row for path in options.files for row in read_file(path)) if options.files else read_hub(schema)
-    count = 0
+    count, left_out = 0, list[str]()
     try:
         with options.out.open("w") as file:
-            for prompt in prompts(rows, schema, options.name):
-                file.write(json.dumps(prompt | {"environment": options.environment, "split": options.split}) + "\n")
+            for prompt in read(options.name, options.files, options.environment, left_out):
+                file.write(json.dumps(prompt | {"split": options.split}) + "\n")
                 count += 1
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    if left_out:
+        print(f"{len(left_out)} rows left out, the first: {left_out[0]}", file=sys.stderr)
+    if not count:
+        print(f"error: {options.name} has no prompts", file=sys.stderr)
         return 2
     print(f"{count} prompts in {options.out}")
     return 0

@@ -8,8 +8,10 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from services.rollout.engine_stats import stat_logger
 from services.rollout.generation import (
     EngineDead,
     Generation,
@@ -19,6 +21,7 @@ from services.rollout.generation import (
     parse_label,
     version_label,
 )
+from services.rollout.metrics import Metrics
 from services.rollout.process_env import has_gpu
 from singlestream.config import Config
 from singlestream.contracts import Sampling
@@ -77,6 +80,7 @@ def engine_arguments(config: Config, seed: int) -> dict[str, Any]:
     return arguments
 
 
+DEATH_POLL_S = 1.0
 CLOSE_S = 1.0
 """The engine's processes hold nothing worth saving: what has not ended by then is killed."""
 
@@ -88,10 +92,11 @@ class VllmEngine:
         config: the run's settings.
         replica: name of this replica; its sampling seed derives from it.
         tokenizer: the model's tokenizer, to find the stop strings that are single tokens.
+        metrics: of the replica.
     """
 
-    def __init__(self, config: Config, replica: str, tokenizer: Any) -> None:
-        self.config, self.replica, self._tokenizer = config, replica, tokenizer
+    def __init__(self, config: Config, replica: str, tokenizer: Any, metrics: Metrics) -> None:
+        self.config, self.replica, self._tokenizer, self.metrics = config, replica, tokenizer, metrics
         self.held: tuple[int, int] = MODEL_FOLDER
         self._llm: AsyncLLM | None = None
         self._open = asyncio.Event()
@@ -116,10 +121,13 @@ class VllmEngine:
         arguments = engine_arguments(self.config, replica_seed(self.config.run.seed, self.replica))
         async with _deadline("the engine to start", self.config.rollout.engine_start_timeout_s):
             # in a thread: it blocks until the engine is up, and signals and health checks must not wait
-            llm = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
+            start = partial(AsyncLLM.from_engine_args, stat_loggers=[stat_logger(self.metrics)])
+            llm = await asyncio.to_thread(start, AsyncEngineArgs(**arguments))
             self._llm = llm
             await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
             await llm.update_weight_version(version_label(*MODEL_FOLDER))
+        gc.collect()
+        gc.freeze()  # the modules and models loaded so far; a full collection over them holds every request up
         self._open.set()
         log.info("engine of replica %s started in %.1f s", self.replica, time.monotonic() - started)
 
@@ -134,8 +142,9 @@ class VllmEngine:
         prompt = TokensPrompt(prompt_token_ids=request.prompt_ids, cache_salt=version_label(*self.held))
         final = None
         try:
-            async for output in self.llm.generate(prompt, self._sampling(request), request_id):
-                final = output
+            with self.metrics.generation_seconds.time():
+                async for output in self.llm.generate(prompt, self._sampling(request), request_id):
+                    final = output
         except EngineDeadError as error:
             raise EngineDead(f"replica {self.replica}: the engine died: {error}") from error
         if final is None:
@@ -244,7 +253,7 @@ class VllmEngine:
                 await llm.start_weight_update()
                 await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
                 await llm.finish_weight_update(version_label(version, lineage))
-                await llm.collective_rpc("verify_weights", args=(update,))
+                verified = await llm.collective_rpc("verify_weights", args=(update,))
                 self.held = (version, lineage)
                 await llm.resume_generation()
         except BaseException as error:
@@ -252,6 +261,9 @@ class VllmEngine:
             raise EngineDead(f"replica {self.replica}: {self._broken}") from error
         finally:
             self._open.set()
+        for compared, left_out in verified:
+            if left_out:
+                log.warning("%d tensors were compared after the update; not compared: %s", compared, left_out[:8])
         return time.monotonic() - started
 
     async def check_health(self) -> None:
@@ -269,11 +281,17 @@ class VllmEngine:
         except (EngineDeadError, DeadlineExceeded) as error:
             raise EngineDead(f"replica {self.replica}: {error}") from error
 
+    async def died(self) -> None:
+        """Return once a process of the engine has ended."""
+        while self._llm is not None and not self._llm.errored:  # noqa: ASYNC110  vLLM tells by a flag only
+            await asyncio.sleep(DEATH_POLL_S)
+
     def close(self) -> None:
         """End the engine's processes."""
         if self._llm is not None:
             self._llm.shutdown(timeout=CLOSE_S)
             self._llm = None
+            gc.unfreeze()
             gc.collect()  # its destructor fails when it is left to the interpreter's end
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
 from services.rollout.environments import Environment, Tools, Turn
@@ -165,7 +166,7 @@ class Episode:
         Returns also whether it was an interruption.
         """
         request_id = f"{self.lease.lease_id}:{self.lease.attempts}:{self.turns}:{uuid.uuid4().hex[:8]}"
-        prompt_ids = [int(token) for segment in self.segments for token in segment.token_ids]
+        prompt_ids = _tokens(self.segments)
         request = GenerationRequest(prompt_ids, self.lease.sampling, max_tokens, self.environment.stop)
         if self.interrupt.is_set() or self._seconds_left <= 0:
             return Generation([], [], [], "aborted"), self.interrupt.is_set()
@@ -241,9 +242,10 @@ class Episode:
         for segment in reversed(self.segments):
             if segment.kind != "generated":
                 break
-            tokens[:0] = [int(token) for token in segment.token_ids]
+            tokens[:0] = segment.token_ids.tolist()
         text = self._decode(tokens)
-        return Turn(text, "tool" if self._ended_by_tool(tokens, text) else "end")
+        ended: Literal["tool", "end"] = "tool" if self._ended_by_tool(tokens, text) else "end"
+        return Turn(text, ended, self.lease.question, self.lease.answer, self.turns - 1)
 
     def _ended_by_tool(self, tokens: list[int], text: str) -> bool:
         """Whether a stop string ended the turn. The last token may run past it, by less than its own text."""
@@ -256,12 +258,13 @@ class Episode:
         return str(self.environment.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _finished(self, end_reason: EndReason) -> Finished:
-        response_tokens = [int(token) for segment in self.segments[1:] for token in segment.token_ids]
+        response_tokens, last_generated = _tokens(self.segments[1:]), self._last_generated()
+        text = self._decode(response_tokens)
         response = Response(
             question=self.lease.question,
             answer=self.lease.answer,
-            text=self._decode(response_tokens),
-            last_turn=self._decode(self._last_generated()),
+            text=text,
+            last_turn=text if last_generated == response_tokens else self._decode(last_generated),
         )
         calls = self.tools.calls[: self._recorded_calls] if end_reason == "deadline" else list(self.tools.calls)
         return Finished(self.segments, end_reason, max(1, self.turns), calls, self.started_at_s, response)
@@ -271,10 +274,14 @@ class Episode:
         tokens: list[int] = []
         for segment in reversed(self.segments):
             if segment.kind == "generated":
-                tokens[:0] = [int(token) for token in segment.token_ids]
+                tokens[:0] = segment.token_ids.tolist()
             elif tokens:
                 break
         return tokens
+
+
+def _tokens(segments: Iterable[Segment]) -> list[int]:
+    return list(chain.from_iterable(segment.token_ids.tolist() for segment in segments))
 
 
 async def _as_coroutine(step: Coroutine[Any, Any, T]) -> T:

@@ -122,23 +122,21 @@ async def apply_grader(grader: Grader, response: Response) -> float:
 def load_grader(name: str) -> Grader:
     """A grader by its name in `GRADERS`, or by dotted path ``package.module:function``.
 
-    A path with ``verl:`` or ``trl:`` before it names a reward function of those stacks (`adapters`).
+    A path with ``verl:``, ``trl:`` or ``verifiers:`` before it names a function of those stacks (`adapters`).
 
     Raises:
         ConfigError: there is no such grader.
     """
     if name in GRADERS:
         return GRADERS[name]
+    from services.rollout.adapters import ADAPTERS  # which are graders, made with this module
+
     kind, _, path = name.partition(":")
-    kind, path = (kind, path) if kind in ("verl", "trl") else ("", name)
+    kind, path = (kind, path) if kind in ADAPTERS else ("", name)
     module, _, function = path.partition(":")
     try:
         grader: Grader = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         known = ", ".join(GRADERS)
         raise ConfigError(f"grader {name!r}: not one of {known}, and no package.module:function: {error}") from error
-    if kind:
-        from services.rollout.adapters import adapt
-
-        return adapt(kind, grader)
-    return grader
+    return ADAPTERS[kind](grader) if kind else grader

@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 from services.rollout.environments import Environment
 from services.rollout.episode import Episode, Finished, NothingSampled, PromptTooLong, ToolRunner
 from services.rollout.generation import Engine, EngineDead
+from services.rollout.graders import last_boxed
 from services.rollout.metrics import Metrics
-from services.rollout.weights import WeightKeeper
+from services.rollout.pin_watch import PinWatch
+from services.rollout.weights import WeightKeeper, WeightsHeld
 from singlestream.config import RolloutConfig
 from singlestream.contracts import FailReason, Lease, Progress, Trajectory
+from singlestream.contracts.trajectory import MAX_ANSWER_CHARS
 from singlestream.errors import DeadlineExceeded, SandboxError
 from singlestream.streams import Held, LeaseConsumer, persist
 
@@ -35,9 +38,10 @@ class BadReward(Exception):
 
 @dataclass
 class Running:
-    """An episode in a slot."""
+    """An episode in a slot, and, once it is ``sampled``, beside the slots until it is graded and emitted."""
 
     held: Held
+    sampled: bool = False
     interrupt: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     lost: bool = False
@@ -47,8 +51,7 @@ class LeaseRunner:
     """Runs leases, one `run` for each.
 
     Args:
-        name: of this replica.
-        consumer: its side of the lease streams.
+        consumer: this replica's side of the lease streams.
         engine: samples.
         weights: knows the loaded policy version.
         environment_of: environment by name; raises KeyError or ConfigError for one that is not known.
@@ -56,12 +59,10 @@ class LeaseRunner:
         tools_healthy: whether the sandbox gateway is well.
         settings: limits and time-outs.
         metrics: of this replica.
-        stopping: set once the replica stops, by a dead engine too; Redis is then waited for less.
     """
 
     def __init__(
         self,
-        name: str,
         consumer: LeaseConsumer,
         engine: Engine,
         weights: WeightKeeper,
@@ -70,12 +71,15 @@ class LeaseRunner:
         tools_healthy: Callable[[], Awaitable[bool]],
         settings: RolloutConfig,
         metrics: Metrics,
-        stopping: asyncio.Event,
     ) -> None:
-        self.name, self.consumer, self.engine, self.weights = name, consumer, engine, weights
+        self.name, self.consumer, self.engine, self.weights = consumer.consumer, consumer, engine, weights
         self.environment_of, self.tools_of, self.settings, self.metrics = environment_of, tools_of, settings, metrics
-        self.tools_healthy, self._stopping = tools_healthy, stopping
-        self.tools_down = False
+        self.tools_healthy, self.tools_down = tools_healthy, False
+        self.pins = PinWatch(consumer, weights)
+        self.stopping = asyncio.Event()
+        """Set once the replica stops, by a dead engine too; Redis is then waited for less."""
+        self.slot_free = asyncio.Event()
+        """Set when an episode leaves its slot."""
 
     async def tools_are_back(self) -> bool:
         """Ask the gateway, after a fault, whether leases may be taken again."""
@@ -96,7 +100,7 @@ class LeaseRunner:
             await self._run(running)
         except EngineDead as error:
             log.error("lease %s: %s", number, error)
-            self._stopping.set()  # first, or this replica takes the lease again
+            self.stopping.set()  # first, or this replica takes the lease again
             await self._put_back(running, running.held.lease.progress, "engine", count_attempt=True)
             raise
         except DeadlineExceeded as error:
@@ -118,8 +122,7 @@ class LeaseRunner:
             self.tools_down = True
             await self._put_back(running, lease.progress, "tool", count_attempt=False)
             return
-        if not await _unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):
-            await self._put_back(running, lease.progress, "stop", count_attempt=False)
+        if not await self._policy_is_there(running):
             return
         episode = Episode(lease, environment, self.engine, self.tools_of(), self.settings, self.name, running.interrupt)
         try:
@@ -138,7 +141,30 @@ class LeaseRunner:
             if isinstance(outcome, Progress):
                 await self._put_back(running, outcome, "stop", count_attempt=False)
             else:
+                running.sampled = True
+                self.slot_free.set()  # the engine need not wait for the grader and Redis
                 await self._grade(running, environment, outcome)
+
+    async def _policy_is_there(self, running: Running) -> bool:
+        """Whether the engine's weights are those that the lease asks for; False once the lease has been put back."""
+        lease = running.held.lease
+        if not self.pins.may_start(lease):
+            await self.persist(self.pins.look, "reading the pin")
+            if self.pins.pin is None or self.pins.pin.job != lease.job:
+                await self._fail(running, "cancelled", f"job {lease.job} is no longer under way")
+            else:
+                await self._put_back(running, lease.progress, "pin", count_attempt=False)
+            return False
+        if lease.purpose == "evaluate" and self.weights.holding:
+            return True
+        cause = "stop"
+        try:
+            if await _unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):
+                return True
+        except WeightsHeld:
+            cause = "pin"
+        await self._put_back(running, lease.progress, cause, count_attempt=False)
+        return False
 
     async def _grade(self, running: Running, environment: Environment, finished: Finished) -> None:
         try:
@@ -183,7 +209,7 @@ class LeaseRunner:
 
     async def persist(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         """Repeat an idempotent call while Redis is away. Raises `DeadlineExceeded`."""
-        deadline_s = self.settings.stop_timeout_s if self._stopping.is_set() else EMIT_DEADLINE_S
+        deadline_s = self.settings.stop_timeout_s if self.stopping.is_set() else EMIT_DEADLINE_S
         return await persist(call, what, deadline_s, lambda _: self.metrics.redis_retries.labels("write").inc())
 
 
@@ -205,6 +231,12 @@ async def _wait_for(event: asyncio.Event) -> None:
     await event.wait()
 
 
+def boxed_answer(finished: Finished) -> str | None:
+    """What the model's last turn boxed last, cut to its bound."""
+    answer = last_boxed(finished.response.last_turn)
+    return None if answer is None else answer.strip()[:MAX_ANSWER_CHARS]
+
+
 def make_trajectory(lease: Lease, finished: Finished, reward: float) -> Trajectory:
     """The message that ends a lease."""
     return Trajectory(
@@ -213,6 +245,7 @@ def make_trajectory(lease: Lease, finished: Finished, reward: float) -> Trajecto
         job=lease.job,
         segments=finished.segments,
         reward=reward,
+        answer=boxed_answer(finished) if lease.job else None,
         v_hat=lease.v_hat,
         end_reason=finished.end_reason,
         turns=finished.turns,

@@ -7,6 +7,7 @@ machine fight for the same cores when each binds its threads.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from singlestream.config import Config
@@ -14,10 +15,18 @@ from singlestream.config import Config
 OWNER_VARIABLE = "SINGLESTREAM_ROLLOUT_OWNER"
 """Process id of the replica; the engine's processes end when it does."""
 
+NODE_VARIABLE = "SINGLESTREAM_NODE"
+"""Name of this machine or container; `node` sets it for the replicas of a Ray node."""
+
+
+def node_name() -> str:
+    """Where this process runs, as a drain mark names it: `NODE_VARIABLE`, or the host's name."""
+    return os.environ.get(NODE_VARIABLE) or socket.gethostname()
+
 
 def has_gpu() -> bool:
     """Whether an NVIDIA device node exists; asking torch would import it."""
-    return Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") != ""
+    return any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES", "all") != ""
 
 
 def engine_variables(config: Config) -> dict[str, str]:

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import secrets
-import socket
 import time
 import uuid
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
 
 import httpx
 
@@ -17,9 +17,12 @@ from services.rollout.engine import VllmEngine
 from services.rollout.environments import Environment, make_environment
 from services.rollout.episode import Episode, Finished
 from services.rollout.generation import EngineDead
+from services.rollout.lease_run import LeaseRunner
 from services.rollout.manifest import model_tensors
 from services.rollout.metrics import Metrics
+from services.rollout.process_env import node_name
 from services.rollout.tools import SandboxTools
+from services.rollout.weight_fetch import WeightFetcher
 from services.rollout.weights import WeightKeeper
 from services.rollout.worker import RolloutWorker
 from singlestream.clients.sandbox import SandboxClient
@@ -30,11 +33,12 @@ from singlestream.streams import Keys, LeaseConsumer, connect, wait_for_redis
 log = logging.getLogger(__name__)
 
 REDIS_START_S = 120.0
+Control = Literal["pause", "resume", "refresh"]
 
 
 def replica_name() -> str:
     """A name that no other replica has had or will have."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{node_name()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 _current: Replica | None = None
@@ -72,14 +76,19 @@ class Replica:
         self.redis = connect(config.run.redis_url)
         self.sandbox = SandboxClient(config.rollout.sandbox_url)
         self._probe = httpx.AsyncClient(base_url=config.rollout.sandbox_url, timeout=5.0)
-        self.engine = VllmEngine(config, self.name, self.tokenizer)
+        self.engine = VllmEngine(config, self.name, self.tokenizer, self.metrics)
         self._environments: dict[str, Environment] = {}
         keys = Keys(config.run.name)
         self.weights = WeightKeeper(
-            self.redis, keys, self.engine, model_tensors(config.run.model), config.rollout, self.metrics
+            self.redis,
+            keys,
+            self.engine,
+            model_tensors(config.run.model),
+            config.rollout,
+            self.metrics,
+            WeightFetcher(config.run, self.metrics, config.rollout.weights_timeout_s),
         )
-        self.worker = RolloutWorker(
-            self.name,
+        runner = LeaseRunner(
             LeaseConsumer(self.redis, keys, self.name),
             self.engine,
             self.weights,
@@ -89,8 +98,14 @@ class Replica:
             config.rollout,
             self.metrics,
         )
+        self.worker = RolloutWorker(runner, node_name())
         self._work: asyncio.Task[None] | None = None
         self._started = False
+        self.control_all: Callable[[Control], Awaitable[list[dict[str, Any]]]] = self._control_alone
+        """Control of every replica of the run that this one can reach; Serve's broadcast under Serve."""
+
+    async def _control_alone(self, action: Control) -> list[dict[str, Any]]:
+        return [await self.control(action)]
 
     def environment(self, name: str) -> Environment:
         """Environment by name, made once. Raises KeyError or `ConfigError` for one that is not known."""
@@ -114,9 +129,20 @@ class Replica:
         """Start the engine, then the worker. Raises `DeadlineExceeded` where Redis or the engine does not come up."""
         await wait_for_redis(self.redis, REDIS_START_S)
         await self.engine.start()
-        self._work = asyncio.create_task(self.worker.run(), name="worker")
+        self._work = asyncio.create_task(self._run(), name="worker")
         self._started = True
         log.info("replica %s takes leases of run %s", self.name, self.config.run.name)
+
+    async def _run(self) -> None:
+        """Run the worker until it ends or the engine dies, be it idle. Raises `EngineDead`."""
+        death = asyncio.create_task(self.engine.died(), name="the engine's death")
+        death.add_done_callback(lambda _: self.worker.stop())
+        try:
+            await self.worker.run()
+            if death.done():
+                raise EngineDead(f"replica {self.name}: a process of its engine has ended")
+        finally:
+            death.cancel()
 
     async def wait(self) -> None:
         """Wait until the worker has ended; raises what ended it."""
@@ -133,6 +159,15 @@ class Replica:
         await self._probe.aclose()
         await self.redis.aclose()
 
+    async def control(self, action: Control) -> dict[str, Any]:
+        """Do as the operator says, on this replica: see `api.ControlRequest`. Returns what it is like afterwards."""
+        if action == "refresh":
+            await self.weights.refresh()
+        else:
+            self.worker.paused = action == "pause"
+        log.info("replica %s: %s", self.name, action)
+        return {"replica": self.name, "paused": self.worker.paused, **self.worker.report()}
+
     async def set_cap(self, replicas: int) -> None:
         """Tell `scaling.FillNodes` how many replicas the run may have."""
         await self.redis.set(self.worker.consumer.keys.rollout_cap, replicas)
@@ -147,12 +182,13 @@ class Replica:
         return self.weights.waiting_for
 
     async def check_health(self) -> None:
-        """Raise `EngineDead` if the engine is dead or hung, or the worker has ended by itself.
+        """Raise `EngineDead` if the engine is dead or hung, or the worker has failed.
 
-        A busy replica is healthy.
+        A busy replica is healthy, and one that has handed over and waits for its end.
         """
-        if self._work is not None and self._work.done() and not self._work.cancelled():
-            raise EngineDead(f"replica {self.name}: the worker has ended: {self._work.exception()!r}")
+        ended = self._work is not None and self._work.done() and not self._work.cancelled()
+        if self._work is not None and ended and (error := self._work.exception()) is not None:
+            raise EngineDead(f"replica {self.name}: the worker has failed: {error!r}")
         if self._started:
             await self.engine.check_health()
 

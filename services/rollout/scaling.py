@@ -15,6 +15,10 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
+SLOT_RESOURCE = "rollout_slot"
+"""Custom Ray resource: one for each replica that a node may hold."""
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Of a node. Weights and trajectories do not pass through Ray, so its object store stays small."""
 
 
 def replicas_wanted(nodes: Iterable[Mapping[str, Any]], resource: str, cap: int | None) -> int:

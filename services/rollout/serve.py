@@ -13,26 +13,35 @@ import signal
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, start_http_server
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from services.rollout.api import create_app
 from services.rollout.process_env import apply_engine_variables, has_gpu
-from singlestream.config import Config
+from services.rollout.scaling import OBJECT_STORE_BYTES, SLOT_RESOURCE
+from singlestream.config import Config, load_config
 from singlestream.streams import Keys
 from singlestream.telemetry import setup_logging
 
+if TYPE_CHECKING:
+    from services.rollout.replica import Control
+
 log = logging.getLogger(__name__)
 
-APPLICATION = "rollout"
-SLOT_RESOURCE = "rollout_slot"
-"""Custom Ray resource: one for each replica that a node may hold (see `scaling`)."""
+APPLICATION, DEPLOYMENT = "rollout", "replica"
+CONTROL_S = 30.0
+"""Every replica answers a broadcast within this, or the operator hears of it."""
+STICKY_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+"""Requests with one ``X-Session-Id`` go to one replica, whose prefix cache has the conversation, while it lives."""
 WATCH_S = 5.0
-OBJECT_STORE_BYTES = 128 * 2**20
-"""Weights and trajectories do not pass through Ray, so its object store stays small."""
+POLL_S = 0.5
+METRICS_VARIABLE = "SINGLESTREAM_NODE_METRICS"
+"""Set on a node that holds so many replicas: each answers its own metrics at rollout.host, from rollout.port on."""
 
 
 def build_app() -> FastAPI:
@@ -63,7 +72,9 @@ class RolloutDeployment:
         from services.rollout.replica import Replica, make_current
 
         self.replica = Replica(config)
+        _serve_metrics(config, self.replica.metrics.registry)
         make_current(self.replica)  # this class is shipped by value and has no module of its own
+        self.replica.control_all = _broadcast
         await self.replica.start()
         self._watch = asyncio.create_task(self._end_with_worker(), name="end-with-worker")
 
@@ -79,16 +90,36 @@ class RolloutDeployment:
         """Asked by Serve; raises if the engine is dead or hung."""
         await self.replica.check_health()
 
+    async def control(self, action: Control) -> dict[str, Any]:
+        """Called on every replica by `_broadcast`."""
+        return await self.replica.control(action)
+
     async def __del__(self) -> None:
         """Hand unfinished episodes over before Serve ends the process."""
         if getattr(self, "replica", None) is not None:
             await self.replica.stop()
 
 
+async def _broadcast(action: Control) -> list[dict[str, Any]]:
+    """Call `RolloutDeployment.control` on every replica that runs now."""
+    handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+    return list(await handle.broadcast("control", action).results_async(timeout_s=CONTROL_S))
+
+
+def _serve_metrics(config: Config, registry: CollectorRegistry) -> None:
+    """Answer one replica's metrics on the first free port of its node's: Serve's interface asks any replica."""
+    for port in range(config.rollout.port, config.rollout.port + int(os.environ.get(METRICS_VARIABLE, "0"))):
+        try:
+            start_http_server(port, config.rollout.host, registry)
+            return
+        except OSError:
+            continue
+
+
 def application(config: Config) -> Any:
     """The Serve application of a run; Ray must be up, for it depends on the cluster's resources."""
     rollout = config.rollout
-    resources = ray.cluster_resources()
+    resources = _resources(config)
     options: dict[str, Any] = {"num_cpus": 0}
     if resources.get("GPU", 0) > 0:
         options["num_gpus"] = rollout.tensor_parallel
@@ -105,10 +136,13 @@ def application(config: Config) -> Any:
     settings = {"run": resolved.model_dump(mode="json"), "rollout": rollout.model_dump(mode="json")}
     if rollout.token is not None:
         settings["rollout"]["token"] = rollout.token.get_secret_value()
+    if run.weights_token is not None:
+        settings["run"]["weights_token"] = run.weights_token.get_secret_value()
     deployment = RolloutDeployment.options(  # type: ignore[attr-defined]
-        name="replica",
+        name=DEPLOYMENT,
         ray_actor_options=options,
         **_replica_count(config, by_slots="resources" in options),
+        request_router_config=RequestRouterConfig(request_router_class=STICKY_ROUTER),
         max_ongoing_requests=2 * rollout.slots,
         health_check_period_s=5.0,
         health_check_timeout_s=rollout.engine_timeout_s + 10.0,
@@ -116,6 +150,22 @@ def application(config: Config) -> Any:
         graceful_shutdown_timeout_s=3 * rollout.stop_timeout_s,
     )
     return deployment.bind(settings, os.environ.get("OMP_NUM_THREADS"))
+
+
+def from_environment(arguments: dict[str, str]) -> Any:
+    """The application of a RayService (``import_path``): the run that ``SINGLESTREAM_CONFIG`` of the head names."""
+    return application(load_config())
+
+
+def _resources(config: Config) -> dict[str, float]:
+    """What the cluster has. A cluster that is only just starting has nodes with slots soon: the first is waited for."""
+    deadline = time.monotonic() + (0.0 if config.rollout.ray_address is None else config.rollout.engine_start_timeout_s)
+    while not (resources := dict(ray.cluster_resources())).get(SLOT_RESOURCE):
+        if time.monotonic() > deadline:
+            log.warning("no node of the cluster names the resource %s", SLOT_RESOURCE)
+            break
+        time.sleep(POLL_S)
+    return resources
 
 
 def _replica_count(config: Config, by_slots: bool) -> dict[str, Any]:
@@ -162,6 +212,7 @@ def start_ray(config: Config) -> None:
         _temp_dir=tempfile.mkdtemp(prefix="ss-ray-"),  # short: Ray's sockets lie in it
         logging_level=logging.WARNING,
     )
+    log.info("Ray runs here; nodes join it at %s", ray.get_runtime_context().gcs_address)
 
 
 def _local_slots(config: Config) -> int:

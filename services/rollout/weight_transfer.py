@@ -25,10 +25,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from services.rollout.process_env import OWNER_VARIABLE
+from services.rollout.weight_verify import verify
 
 BACKEND = "mapped_file"
-VERIFIED_BYTES = 1 << 20
-"""Parameters up to this size are compared after an update."""
 
 
 @dataclass
@@ -106,28 +105,13 @@ class WorkerExtension:
 
     model_runner: Any
 
-    def verify_weights(self, update: dict[str, Any]) -> int:
-        """Compare small parameters that keep their checkpoint's name and shape with the file, bit for bit.
+    def verify_weights(self, update: dict[str, Any]) -> tuple[int, list[str]]:
+        """Compare what the engine computes with, fused and packed layers included, with the published file.
 
-        Every layer has some (its norms), so this finds a file or a layer that was not loaded. Generation waits
-        meanwhile, so the large ones, of which most are fused or packed anyway, are left out.
-
-        Returns:
-            how many tensors were compared.
-
-        Raises:
-            RuntimeError: names the first tensor that differs.
+        Returns, raises:
+            see `weight_verify.verify`.
         """
-        parameters = dict(self.model_runner.model.named_parameters())
-        compared = 0
-        for name, tensor in _mapped_tensors(MappedFileUpdate(**update)):
-            held = parameters.get(name)
-            if held is None or held.shape != tensor.shape or tensor.nbytes > VERIFIED_BYTES:
-                continue
-            compared += 1
-            if not torch.equal(held.detach().cpu(), tensor.to(held.dtype)):
-                raise RuntimeError(f"after the update, parameter {name} differs from the published file")
-        return compared
+        return verify(self.model_runner.model, dict(_mapped_tensors(MappedFileUpdate(**update))))
 
 
 def _end_with_owner() -> None:

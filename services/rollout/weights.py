@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 from redis.asyncio import Redis
 
-from services.rollout.manifest import ModelTensors, check_manifest, open_weights
+from services.rollout.manifest import ModelTensors, check_manifest
 from services.rollout.metrics import Metrics
+from services.rollout.weight_fetch import WeightFetcher, checked_weights
 from singlestream.config import RolloutConfig
 from singlestream.contracts import PolicyVersion, decode_as
 from singlestream.errors import ContractError, DeadlineExceeded, WeightsError
@@ -38,6 +39,10 @@ class SwapsWeights(Protocol):
     async def swap_weights(self, update: dict[str, Any], version: int, lineage: int, clear_cache: bool) -> float:
         """Load a checked file; returns the seconds for which generation stood still."""
         ...
+
+
+class WeightsHeld(Exception):
+    """A lease needs a newer policy than the one that a pinned evaluation holds: it belongs to another replica."""
 
 
 def newest_of(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> tuple[str, PolicyVersion | None, int]:
@@ -67,6 +72,7 @@ class WeightKeeper:
         model: tensors that a version must consist of.
         settings: ``clear_cache`` and the time-outs.
         metrics: of this replica.
+        fetcher: fetches what is not on this machine; None reads the memory volume alone.
     """
 
     def __init__(
@@ -77,11 +83,15 @@ class WeightKeeper:
         model: ModelTensors,
         settings: RolloutConfig,
         metrics: Metrics,
+        fetcher: WeightFetcher | None = None,
     ) -> None:
         self.redis, self.keys, self.engine, self.model = redis, keys, engine, model
-        self.settings, self.metrics = settings, metrics
+        self.settings, self.metrics, self.fetcher = settings, metrics, fetcher
         self.published = False
         self.last_error = ""
+        self.holding = False
+        """Whether a pinned evaluation keeps newer versions from being loaded."""
+        self._loading = self._again = False
         self._changed = asyncio.Condition()
         self._cursor: str | None = None
 
@@ -89,6 +99,24 @@ class WeightKeeper:
     def held(self) -> tuple[int, int]:
         """(version, lineage) of the engine's weights."""
         return self.engine.held
+
+    @property
+    def held_still(self) -> bool:
+        """Whether the engine's weights stay what they are: held, and no load under way."""
+        return self.holding and not self._loading
+
+    async def refresh(self) -> None:
+        """Load the newest version from its file again, even if it is the one that is held."""
+        async with self._changed:
+            self._again = True
+            self._cursor = None
+
+    async def hold(self, holding: bool) -> None:
+        """Load nothing from here on, or follow the newest version again. A load under way still ends."""
+        async with self._changed:
+            self.holding = holding
+            self._cursor = None
+            self._changed.notify_all()
 
     @property
     def waiting_for(self) -> str | None:
@@ -101,12 +129,18 @@ class WeightKeeper:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Follow the stream until ``stop`` is set. Raises `EngineDead` after a failed update."""
+        if self.fetcher is not None:
+            self.fetcher.stopping = stop.is_set
         while not stop.is_set():
+            if self.holding:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), POLL_MS / 1000)
+                continue
             try:
                 entries = await self._read()
                 if entries:
                     await self._consider(entries)
-            except (WeightsError, FileNotFoundError) as error:
+            except (WeightsError, DeadlineExceeded, FileNotFoundError) as error:
                 self.metrics.updates.labels("refused").inc()
                 await self._look_again(error, stop)
             except LOST as error:
@@ -134,28 +168,39 @@ class WeightKeeper:
         return reply[0][1] if reply else []
 
     async def _consider(self, entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        if self.holding:
+            return  # since these were read; they are read again afterwards
         cursor, newest, passed_over = newest_of(entries)
         self.metrics.skipped.inc(passed_over)
-        if newest is not None and newest.newer_than(self.held):
-            await self._load(newest)
+        again = self._again and newest is not None and (newest.version, newest.lineage) == self.held
+        if newest is not None and (again or newest.newer_than(self.held)):
+            self._again = False
+            self._loading = True
+            try:
+                await self._load(newest)
+            finally:
+                self._loading = False
         if newest is not None:
             async with self._changed:
                 self.published = True
                 self._changed.notify_all()
-        self._cursor = cursor
+        if not self.holding:
+            self._cursor = cursor
 
     async def _load(self, version: PolicyVersion) -> None:
         """Check a version and swap it in.
 
         Raises:
-            WeightsError: it does not fit the model, or its bytes are damaged; the engine was not touched.
+            WeightsError: it does not fit the model, its bytes are damaged, or they cannot be fetched; the engine was
+                not touched.
+            DeadlineExceeded: another replica of this machine fetched for too long; likewise.
             FileNotFoundError: newer versions have replaced its file; the engine was not touched.
             EngineDead: the swap itself failed.
         """
         started = time.monotonic()
         check_manifest(version.manifest, self.model)
-        with open_weights(version.manifest) as weights:
-            await asyncio.to_thread(weights.check_bytes)
+        with contextlib.ExitStack() as stack:
+            weights = await asyncio.to_thread(stack.enter_context, checked_weights(version, self.fetcher))
             pause_s = await self.engine.swap_weights(
                 weights.update, version.version, version.lineage, self.settings.clear_cache
             )
@@ -180,6 +225,7 @@ class WeightKeeper:
         For version 0 the model folder's weights will do.
 
         Raises:
+            WeightsHeld: a pinned evaluation holds an older one.
             DeadlineExceeded: it was not within ``rollout.weights_timeout_s``; names the version.
         """
         if self._serves(version, lineage):
@@ -187,11 +233,13 @@ class WeightKeeper:
         timeout_s = self.settings.weights_timeout_s
         try:
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._serves(version, lineage))
+                await self._changed.wait_for(lambda: self._serves(version, lineage) or self.held_still)
         except TimeoutError as error:
             held = "none" if not self.published else f"{self.held[0]}.{self.held[1]}"
             cause = f"policy version {version} (held: {held}; last error: {self.last_error or 'none'})"
             raise DeadlineExceeded(cause, timeout_s) from error
+        if not self._serves(version, lineage):
+            raise WeightsHeld(f"version {version}.{lineage} is not loaded while a pinned evaluation runs")
 
     def _serves(self, version: int, lineage: int) -> bool:
         """A later lineage serves any version: the learner went back, and may need this lease to get there again."""

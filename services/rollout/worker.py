@@ -10,21 +10,16 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from redis.exceptions import ResponseError
 
-from services.rollout.episode import ToolRunner
-from services.rollout.generation import Engine, EngineDead
-from services.rollout.lease_run import EnvironmentOf, LeaseRunner, Running
-from services.rollout.metrics import Metrics
-from services.rollout.weights import WeightKeeper
-from singlestream.config import RolloutConfig
+from services.rollout.generation import EngineDead
+from services.rollout.lease_run import LeaseRunner, Running
 from singlestream.contracts import Purpose
-from singlestream.streams import LOST, Held, LeaseConsumer
+from singlestream.streams import LOST, Held
 
 log = logging.getLogger(__name__)
 
@@ -36,53 +31,26 @@ PROBE_S = 1.0
 
 
 class RolloutWorker:
-    """Runs leases on one engine.
+    """Takes leases and has them run on one engine.
 
     Args:
-        name: of this replica, unique among all that ever ran.
-        consumer: its side of the lease streams.
-        engine: samples.
-        weights: knows the loaded policy version.
-        environment_of: environment by name; raises KeyError or ConfigError for one that is not known.
-        tools_of: a fresh tool runner for one episode.
-        tools_healthy: whether the sandbox gateway is well.
-        settings: slots, limits and time-outs.
-        metrics: of this replica.
+        runner: runs them.
+        node: machine or container that may be marked as draining; all of its replicas then hand over and end.
     """
 
-    def __init__(
-        self,
-        name: str,
-        consumer: LeaseConsumer,
-        engine: Engine,
-        weights: WeightKeeper,
-        environment_of: EnvironmentOf,
-        tools_of: Callable[[], ToolRunner],
-        tools_healthy: Callable[[], Awaitable[bool]],
-        settings: RolloutConfig,
-        metrics: Metrics,
-    ) -> None:
-        self.name, self.consumer, self.weights = name, consumer, weights
-        self.settings, self.metrics = settings, metrics
+    def __init__(self, runner: LeaseRunner, node: str) -> None:
+        self.runner, self.node = runner, node
+        self.name, self.consumer, self.weights = runner.name, runner.consumer, runner.weights
+        self.settings, self.metrics = runner.settings, runner.metrics
         self.running: dict[str, Running] = {}
-        self._stop = asyncio.Event()
-        self._slot_free = asyncio.Event()
+        self.paused = False
+        """Whether no lease is taken; what runs goes on."""
+        self._stop = runner.stopping
         self._dead: EngineDead | None = None
-        self.runner = LeaseRunner(
-            name,
-            consumer,
-            engine,
-            weights,
-            environment_of,
-            tools_of,
-            tools_healthy,
-            settings,
-            metrics,
-            self._stop,
-        )
+        self.metrics.in_use.set_function(lambda: self._in_use)
 
     async def run(self) -> None:
-        """Work until `stop`; then hand the unfinished episodes over and return.
+        """Work until `stop` or until the node drains; then hand the unfinished episodes over and return.
 
         Raises:
             EngineDead: the engine is gone; the leases have been handed over, and the process must exit.
@@ -131,9 +99,10 @@ class RolloutWorker:
 
     async def _take_loop(self) -> None:
         await self.runner.persist(self.consumer.join, "joining the consumer group")
+        await self.runner.persist(self._report, "the first report")  # a node that drains takes nothing
         while not self._stop.is_set():
-            free = self.settings.slots - len(self.running)
-            if free <= 0:
+            free = self._free
+            if free <= 0 or self.paused:
                 await self._nap(0.25)
                 continue
             if self.runner.tools_down and not await self.runner.tools_are_back():
@@ -150,45 +119,40 @@ class RolloutWorker:
                     raise
                 await self.runner.persist(self.consumer.join, "joining the consumer group again")
 
-    async def _take(self, free: int) -> None:
-        """Take what there is for the free slots, never more.
+    @property
+    def _in_use(self) -> int:
+        return sum(not running.sampled for running in self.running.values())
 
-        A read of several streams takes up to its count of each. With fewer slots than streams each is looked at
-        in turn, and none is waited for, lest a lease waits in another.
-        """
-        rooms = self._rooms(free)
-        if free >= len(rooms):
-            count = min(free // len(rooms), *rooms.values())
-            for held in await self.consumer.take(list(rooms), count, TAKE_BLOCK_MS):
-                self._start(held)
-            return
-        before = free
-        for purpose, room in rooms.items():
-            if free:
-                for held in await self.consumer.take([purpose], min(free, room), 1):
-                    self._start(held)
-                    free -= 1
-        if free == before:
+    @property
+    def _free(self) -> int:
+        """Leases that may be taken: into free slots, while no more than twice the slots are held, graders included."""
+        slots = self.settings.slots
+        return min(slots - self._in_use, 2 * slots - len(self.running))
+
+    async def _take(self, free: int) -> None:
+        """Take what there is for the free slots, never more."""
+        purposes = self._purposes()
+        held = await self.consumer.take(purposes, free, TAKE_BLOCK_MS) if purposes else []
+        for one in held:
+            self._start(one)
+        if not held:
             await self._nap(POLL_S)
 
-    def _rooms(self, free: int) -> dict[Purpose, int]:
-        """Leases of each purpose that may be taken now; purposes without room are left out.
+    def _purposes(self) -> list[Purpose]:
+        """Purposes whose leases may be taken now, the first before the others.
 
-        Training waits for a published policy; estimation and evaluation may run on the model folder's weights.
-        Evaluation gets at most its share.
+        Training waits for a published policy; estimation and evaluation may run on the model folder's weights. While
+        an evaluation is pinned, its replicas take nothing else, and the others take everything else.
         """
-        rooms: dict[Purpose, int] = {"train": free} if self.weights.published else {}
-        rooms["estimate"] = free
-        evaluating = sum(running.held.lease.purpose == "evaluate" for running in self.running.values())
-        share = math.ceil(self.settings.evaluation_share * self.settings.slots) - evaluating
-        if share > 0:
-            rooms["evaluate"] = share
-        return rooms
+        if self.runner.pins.named or self.weights.holding:
+            return ["evaluate"] if self.runner.pins.serves else []
+        purposes: list[Purpose] = ["train"] if self.weights.published else []
+        return [*purposes, "estimate"] if self.runner.pins.pin is not None else [*purposes, "estimate", "evaluate"]
 
     async def _nap(self, seconds: float) -> None:
         """Wait for a free slot, the stop, or the time."""
-        self._slot_free.clear()
-        waits = [asyncio.create_task(event.wait()) for event in (self._slot_free, self._stop)]
+        self.runner.slot_free.clear()
+        waits = [asyncio.create_task(event.wait()) for event in (self.runner.slot_free, self._stop)]
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
@@ -198,7 +162,6 @@ class RolloutWorker:
         if (earlier := self.running.get(held.lease.lease_id)) is not None:
             self._cancel_lost(earlier)
         self.running[held.lease.lease_id] = running
-        self.metrics.in_use.set(len(self.running))
         running.task = asyncio.create_task(self._serve(running), name=held.lease.lease_id)
         running.task.add_done_callback(_log_unended)
 
@@ -215,8 +178,7 @@ class RolloutWorker:
         finally:
             if self.running.get(number) is running:
                 del self.running[number]
-            self.metrics.in_use.set(len(self.running))
-            self._slot_free.set()
+            self.runner.slot_free.set()
 
     # the loops beside
 
@@ -240,11 +202,14 @@ class RolloutWorker:
                 await asyncio.sleep(0.1)
 
     async def _heartbeat(self) -> None:
-        held = [running.held for running in self.running.values()]
-        for number in await self.consumer.heartbeat(held) if held else []:
-            running = self.running.get(number)
-            if running is not None:
-                self._cancel_lost(running)
+        """Keep the leases alive, and cancel the episodes of those that are lost.
+
+        One that is sampled is let be: it may just have ended its lease, and if not, its end changes nothing.
+        """
+        beating = dict(self.running)
+        for number in await self.consumer.heartbeat([running.held for running in beating.values()]):
+            if self.running.get(number) is beating[number] and not beating[number].sampled:
+                self._cancel_lost(beating[number])
 
     def _cancel_lost(self, running: Running) -> None:
         log.warning("lease %s is no longer ours: its episode is cancelled", running.held.lease.lease_id)
@@ -260,16 +225,28 @@ class RolloutWorker:
             log.info("took %d leases from silent replicas", moved)
 
     async def _report(self) -> None:
-        await self.consumer.redis.hset(self.consumer.keys.replicas, self.name, json.dumps(self.report()))
+        """See what the pin asks for, say how the replica is, and see whether its node drains."""
+        await self.runner.pins.look()
+        await self.runner.pins.follow([running.held.lease for running in self.running.values()])
+        keys = self.consumer.keys
+        async with self.consumer.redis.pipeline(transaction=False) as pipe:
+            pipe.hset(keys.replicas, self.name, json.dumps(self.report()))
+            pipe.hexists(keys.draining, self.node)
+            _, draining = await pipe.execute()
+        if draining and not self._stop.is_set():
+            log.info("node %s drains: replica %s hands over and ends", self.node, self.name)
+            self.stop()
 
     def report(self) -> dict[str, Any]:
-        """What the replica says of itself: slots, in_use, version, lineage (of its weights) and at_s (Unix time)."""
+        """What the replica says of itself; version and lineage are its weights', ``at_s`` is Unix time."""
         version, lineage = self.weights.held
         return {
+            "node": self.node,
             "slots": self.settings.slots,
-            "in_use": len(self.running),
+            "in_use": self._in_use,
             "version": version,
             "lineage": lineage,
+            "pinned": self.runner.pins.held_for,
             "at_s": time.time(),
         }
 

@@ -8,13 +8,12 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from pathlib import Path
 
-from services.sandbox_gateway.pool import IsolationUnavailable
 from services.sandbox_gateway.privileges import CannotDrop, become_unprivileged, needed_paths
-from services.sandbox_gateway.server import serve
 from services.sandbox_gateway.settings import config_file, load_settings
-from services.sandbox_gateway.view import ViewError
+from singlestream.config import SandboxGatewayConfig
 from singlestream.errors import ConfigError
 
 
@@ -38,24 +37,33 @@ def main() -> int:
         config = load_settings(path)
         command = [sys.executable, "-m", "services.sandbox_gateway", *sys.argv[1:]]
         become_unprivileged(command, needed_paths(path, str(config.python or sys.executable)))
-        _run(serve(config, path))
-    except (ConfigError, CannotDrop, IsolationUnavailable, ViewError) as error:
+    except (ConfigError, CannotDrop) as error:
+        logging.error("refusing to start: %s", error)
+        return os.EX_CONFIG
+    return _serve(config, path)
+
+
+def _serve(config: SandboxGatewayConfig, path: Path | None) -> int:
+    # Imported here: started as root, the process has just begun again, and need not have loaded all this before.
+    from services.sandbox_gateway.pool import IsolationUnavailable
+    from services.sandbox_gateway.server import serve
+    from services.sandbox_gateway.view import ViewError
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):  # not on every platform; asyncio's own loop does the same, slower
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(serve(config, path))
+    except (IsolationUnavailable, ViewError) as error:
         logging.error("refusing to start: %s", error)
         return os.EX_CONFIG
     except OSError as error:
         logging.error("%s", error)
         return os.EX_OSERR
     return 0
-
-
-def _run(serving: Coroutine[None, None, None]) -> None:
-    factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
-    with contextlib.suppress(ImportError):  # not on every platform; asyncio's own loop does the same, slower
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(serving)
 
 
 if __name__ == "__main__":

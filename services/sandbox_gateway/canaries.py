@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from textwrap import dedent
 
 from services.sandbox_gateway.execution import Execution
-from services.sandbox_gateway.zygote_process import SandboxFault, ZygoteProcess
+from services.sandbox_gateway.jail import SandboxFault
+from services.sandbox_gateway.zygote_process import ZygoteProcess
 from singlestream.contracts.sandbox import ExecuteRequest, ExecuteResult, RunStatus
 
 _MEMORY_MB = 64

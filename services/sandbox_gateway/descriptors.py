@@ -12,7 +12,7 @@ class Descriptors:
 
     Example:
         >>> with Descriptors() as owned:
-        ...     read, write = owned.pipe()
+        ...     read, write = owned.pipe(owned)
         ...     owned.close(write)
     """
 
@@ -25,8 +25,7 @@ class Descriptors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for fd in list(self._open):
-            self.close(fd)
+        self.close_all()
 
     def own(self, fd: int) -> int:
         """Take a descriptor over."""
@@ -39,11 +38,16 @@ class Descriptors:
             self._open.remove(fd)
             os.close(fd)
 
-    def pipe(self) -> tuple[int, int]:
-        """A pipe whose read end does not block."""
+    def close_all(self) -> None:
+        """Close those that are still open."""
+        while self._open:
+            os.close(self._open.pop())
+
+    def pipe(self, writers: Descriptors) -> tuple[int, int]:
+        """A pipe whose read end does not block and is owned here; the write end is the other's."""
         read, write = os.pipe()
         os.set_blocking(read, False)
-        return self.own(read), self.own(write)
+        return self.own(read), writers.own(write)
 
 
 def sealed_memory(name: str, data: bytes) -> int:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 
 from services.sandbox_gateway import canaries, mends, policy
+from services.sandbox_gateway.jail import SandboxFault
 from services.sandbox_gateway.tiers import Tier, TierChoice, tiers_for
 from services.sandbox_gateway.view import Interpreter, ViewError
-from services.sandbox_gateway.zygote_process import SandboxFault, ZygoteProcess
+from services.sandbox_gateway.zygote_process import ZygoteProcess
 
 log = logging.getLogger("singlestream.sandbox")
 
@@ -32,6 +33,7 @@ class ZygotePool:
         interpreter: the sandbox's Python.
         preload: modules to keep warm.
         secret_path: a file that this process can read, for the canary that must not.
+        spares: jails that each zygote keeps open ahead of requests.
         recycle_runs: runs after which a zygote is replaced.
         recycle_s: age after which a zygote is replaced.
         on_start: told (kind, reason) at every start of a zygote, for metrics.
@@ -42,12 +44,14 @@ class ZygotePool:
         interpreter: Interpreter,
         preload: tuple[str, ...],
         secret_path: str,
+        spares: int,
         recycle_runs: int,
         recycle_s: float,
         on_start: Callable[[str, str], None] = lambda kind, reason: None,
     ) -> None:
         self._interpreter = interpreter
         self._secret_path = secret_path
+        self._spares = spares
         self._recycle_runs = recycle_runs
         self._recycle_s = recycle_s
         self._on_start = on_start
@@ -66,21 +70,15 @@ class ZygotePool:
         """Kind → ``ready`` or ``starting``."""
         return {tier.name: "ready" if self._usable(tier.name) else "starting" for tier in self.tiers}
 
-    @property
-    def live_runs(self) -> int:
-        """Runs in the zygotes in service."""
-        return sum(zygote.live_runs for zygote in self._current.values())
-
     async def start(self) -> None:
-        """Bring the ``plain`` zygote up, and begin with the others.
+        """Bring the ``plain`` zygote up, which can run everything, and only then begin with the others.
 
         Raises:
             IsolationUnavailable: it does not come up or a canary fails.
         """
         first = self.tiers[0]
-        self._keepers = [asyncio.create_task(self._keep(tier), name=f"keep {tier.name}") for tier in self.tiers[1:]]
         self._current[first.name] = await self._start_proven(first, "first")
-        self._keepers.append(asyncio.create_task(self._keep(first), name=f"keep {first.name}"))
+        self._keepers = [asyncio.create_task(self._keep(tier), name=f"keep {tier.name}") for tier in self.tiers]
 
     async def wait_all_ready(self, deadline_s: float) -> None:
         """Wait until every kind is in service.
@@ -176,10 +174,11 @@ class ZygotePool:
         self._on_start(tier.name, reason)
         zygote = None
         try:
-            zygote = await ZygoteProcess.start(tier, self._interpreter, policy.compile_bpf())
+            zygote = await ZygoteProcess.start(tier, self._interpreter, policy.compile_bpf(), self._spares)
             wrong = await canaries.failing_canaries(zygote, self._secret_path)
             if wrong:
                 raise SandboxFault("; ".join(wrong))
+            await zygote.spares.fill()
         except (SandboxFault, ViewError, OSError) as error:
             if zygote is not None:
                 await zygote.stop()
@@ -195,6 +194,7 @@ class ZygotePool:
 
 async def _retire(zygote: ZygoteProcess) -> None:
     """Let a replaced zygote finish its runs, then end it."""
+    zygote.spares.close()
     try:
         async with asyncio.timeout(DRAIN_DEADLINE_S):
             await zygote.drained()

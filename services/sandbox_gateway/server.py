@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import resource
 import signal
@@ -49,6 +50,7 @@ def make_pool(config: SandboxGatewayConfig, secret_path: Path | None, metrics: M
         find_interpreter(str(config.python or sys.executable)),
         config.preload,
         str(secret_path or "/etc/hosts"),
+        min(config.slots or 2 * host.cores(), 2 * host.cores()),
         config.recycle_runs,
         config.recycle_s,
         lambda kind, reason: metrics.zygote_starts.labels(kind, reason).inc(),
@@ -72,7 +74,10 @@ async def serve(config: SandboxGatewayConfig, secret_path: Path | None = None) -
     metrics = Metrics()
     pool = make_pool(config, secret_path, metrics)
     starting = asyncio.create_task(pool.start())
-    await asyncio.sleep(0)  # the zygotes warm up while the web framework is imported
+    # The first zygote warms up, and its canaries run, while the web framework is imported: a restart costs the longer
+    # of the two.
+    for name in ("services.sandbox_gateway.app", "uvicorn"):
+        await asyncio.to_thread(importlib.import_module, name)
     import uvicorn
 
     from services.sandbox_gateway.app import create_app

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from services.sandbox_gateway import policy
 from services.sandbox_gateway.admission import Admission
 from services.sandbox_gateway.execution import Execution
+from services.sandbox_gateway.jail import SandboxFault
 from services.sandbox_gateway.metrics import Metrics
 from services.sandbox_gateway.pool import ZygotePool
 from services.sandbox_gateway.problems import Problem
-from services.sandbox_gateway.zygote_process import SandboxFault, ZygoteProcess
+from services.sandbox_gateway.zygote_process import ZygoteProcess
 from singlestream.config import SandboxGatewayConfig
 from singlestream.contracts.sandbox import MAX_CODE_BYTES, MAX_STDIN_BYTES, ExecuteRequest, ExecuteResult
 

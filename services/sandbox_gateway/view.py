@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -37,11 +38,21 @@ class Interpreter:
 
 @cache
 def find_interpreter(executable: str) -> Interpreter:
-    """Ask a Python where it lives.
+    """Find out where a Python lives.
 
     Raises:
         ViewError: it does not start.
     """
+    folders = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
+    if executable != sys.executable:
+        folders = _ask_for_folders(executable)
+    # A Python in /usr shares its prefix with the whole system, and needs its libraries only.
+    shown = {f"{folder}/lib" if folder in ("/usr", "/usr/local") else folder for folder in folders} - {"/usr/lib"}
+    links = [link for link in _links(Path(executable)) if not any(link.is_relative_to(folder) for folder in shown)]
+    return Interpreter(executable, tuple(sorted(shown)), tuple(map(str, links)))
+
+
+def _ask_for_folders(executable: str) -> set[str]:
     program = (
         "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix]))"
     )
@@ -51,11 +62,7 @@ def find_interpreter(executable: str) -> Interpreter:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise ViewError(f"the sandbox's Python {executable} does not start: {error}") from error
-    folders = set(json.loads(answer.stdout))
-    # A Python in /usr shares its prefix with the whole system, and needs its libraries only.
-    shown = {f"{folder}/lib" if folder in ("/usr", "/usr/local") else folder for folder in folders} - {"/usr/lib"}
-    links = [link for link in _links(Path(executable)) if not any(link.is_relative_to(folder) for folder in shown)]
-    return Interpreter(executable, tuple(sorted(shown)), tuple(map(str, links)))
+    return set(json.loads(answer.stdout))
 
 
 def _links(path: Path) -> Iterator[Path]:

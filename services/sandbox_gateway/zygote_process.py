@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from services.sandbox_gateway.descriptors import sealed_memory
 from services.sandbox_gateway.inside.messages import EXITED, READY, REFUSED, STARTED, Order, Reply
+from services.sandbox_gateway.jail import SandboxFault, Spares
 from services.sandbox_gateway.tiers import Tier
 from services.sandbox_gateway.view import Interpreter, bubblewrap_command
 
@@ -24,22 +25,17 @@ STOP_DEADLINE_S = 5.0
 STDERR_KEPT_BYTES = 4096
 
 
-class SandboxFault(Exception):
-    """The sandbox itself failed, and with it a run or a start; the text says how."""
-
-
 @dataclass
 class Child:
-    """A run in progress."""
+    """A forked child."""
 
-    run_id: int
     started: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Resolves to its pidfd, which the receiver closes."""
     exited: asyncio.Future[Reply] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Resolves to the EXITED reply."""
 
     def fail(self, fault: SandboxFault) -> None:
-        """The run is lost."""
+        """It is lost."""
         for future in (self.started, self.exited):
             if not future.done():
                 future.set_exception(fault)
@@ -49,8 +45,12 @@ class Child:
 class ZygoteProcess:
     """A started zygote. Make one with :meth:`start`."""
 
-    def __init__(self, tier: Tier, process: subprocess.Popen[bytes], control: socket.socket, stderr_fd: int) -> None:
+    def __init__(
+        self, tier: Tier, process: subprocess.Popen[bytes], control: socket.socket, stderr_fd: int, spares: int
+    ) -> None:
         self.tier = tier
+        self.spares = Spares(self, spares)
+        """Jails that wait for a program."""
         self.runs_started = 0
         """Orders sent since its start."""
         self.started_at_s = asyncio.get_running_loop().time()
@@ -70,8 +70,14 @@ class ZygoteProcess:
         loop.add_reader(stderr_fd, self._on_stderr)
 
     @classmethod
-    async def start(cls, tier: Tier, interpreter: Interpreter, bpf: bytes) -> ZygoteProcess:
+    async def start(cls, tier: Tier, interpreter: Interpreter, bpf: bytes, spares: int) -> ZygoteProcess:
         """Start a zygote and wait until it is warm.
+
+        Args:
+            tier: what it imports.
+            interpreter: its Python.
+            bpf: the compiled seccomp filter.
+            spares: jails that it will keep open; none is opened yet.
 
         Call it on the main thread: the kernel ends the jail when the *thread* that started it ends.
 
@@ -107,7 +113,7 @@ class ZygoteProcess:
             theirs.close()
             for fd in (stderr_write, proc_fd, bpf_fd):
                 os.close(fd)
-        zygote = cls(tier, process, ours, stderr_read)
+        zygote = cls(tier, process, ours, stderr_read, spares)
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 await zygote._ready
@@ -133,7 +139,7 @@ class ZygoteProcess:
         """Wait until no run is in progress."""
         await self._idle.wait()
 
-    async def fork(self, order: Order, fds: list[int]) -> tuple[Child, int]:
+    async def fork(self, order: Order, fds: list[int]) -> tuple[asyncio.Future[Reply], int]:
         """Fork a run.
 
         Args:
@@ -141,19 +147,21 @@ class ZygoteProcess:
             fds: its descriptors, in the order of :data:`ORDER_FDS`; they stay the caller's.
 
         Returns:
-            The run, and its pidfd, which the caller closes.
+            What resolves to its end, and its pidfd, which the caller closes.
 
         Raises:
             SandboxFault: the zygote is gone, stuck, or could not fork.
         """
-        child = self._children[order.run_id] = Child(order.run_id)
+        if self.gone.is_set():
+            raise SandboxFault(f"the {self.tier.name} zygote is gone")
+        child = self._children[order.run_id] = Child()
         self._idle.clear()
         self.runs_started += 1
         attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         try:
             async with asyncio.timeout(FORK_DEADLINE_S):
                 await self._send(order.pack(), attached)
-                return child, await child.started
+                return child.exited, await child.started
         except TimeoutError:
             self.kill()
             raise SandboxFault(f"the {self.tier.name} zygote did not fork within {FORK_DEADLINE_S:.0f} s") from None
@@ -174,6 +182,7 @@ class ZygoteProcess:
 
     def kill(self) -> None:
         """End it and all its runs, now."""
+        self.spares.close()
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
         self._lose(SandboxFault(f"the {self.tier.name} zygote was ended while the run was in progress"))

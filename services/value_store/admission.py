@@ -5,6 +5,7 @@ A pure state machine, without clock or client.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,12 +22,15 @@ class Admission:
 
     Both bounds are read from counts alone, never from a policy version: ``outstanding ≤ (max_staleness + 1) · batch``
     and
-    ``leased − stale − failed − cancelled ≤ total_steps · batch``. Every end of a lease returns its slot.
+    ``leased − stale − failed − cancelled ≤ total_steps · batch``. Every end of a lease returns its slot. Where leases
+    are issued in groups, those that a group has lost are not made up for, since the learner trains what is left of it:
+    then the second bound is ``leased ≤ total_steps · batch``.
 
     Args:
         train_batch_size: trajectories of an optimizer step.
         max_staleness: updates that generation may run ahead; 0 is synchronous training.
         total_steps: optimizer steps of the run.
+        group_size: leases issued at once for one prompt; divides the batch.
         leased: training leases ever issued.
         ended: how many of them ended, by outcome.
     """
@@ -34,6 +38,7 @@ class Admission:
     train_batch_size: int
     max_staleness: int
     total_steps: int
+    group_size: int = 1
     leased: int = 0
     ended: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(TRAINING_ENDS, 0))
 
@@ -50,30 +55,36 @@ class Admission:
     @property
     def total_headroom(self) -> int:
         """Leases that the length of the run still admits, ≥ 0."""
-        useful = self.leased - self.ended["stale"] - self.ended["failed"] - self.ended["cancelled"]
-        return max(0, self.total_steps * self.train_batch_size - useful)
+        lost = 0 if self.group_size > 1 else sum(self.ended[end] for end in ("stale", "failed", "cancelled"))
+        return max(0, self.total_steps * self.train_batch_size - (self.leased - lost))
 
     @property
     def headroom(self) -> int:
-        """Leases that may be issued now, ≥ 0."""
-        return min(self.run_ahead_headroom, self.total_headroom)
+        """Leases that may be issued now: whole groups, ≥ 0."""
+        return min(self.run_ahead_headroom, self.total_headroom) // self.group_size * self.group_size
 
     @property
     def binding(self) -> Bound | None:
         """The bound that admits nothing now; None where something may be issued."""
-        if self.total_headroom == 0:
+        if self.total_headroom < self.group_size:
             return "total"
-        return "run-ahead" if self.run_ahead_headroom == 0 else None
+        return "run-ahead" if self.run_ahead_headroom < self.group_size else None
 
     @property
     def finished(self) -> bool:
         """Whether every trajectory of the run has been trained on."""
-        return self.ended["trained"] >= self.total_steps * self.train_batch_size
+        return self.completed(self.ended) >= self.total_steps * self.train_batch_size
+
+    def completed(self, ended: Mapping[Outcome, int]) -> int:
+        """Of training leases that ended, those that count towards the length of the run."""
+        outcomes = TRAINING_ENDS if self.group_size > 1 else ("trained",)
+        return sum(ended.get(outcome, 0) for outcome in outcomes)
 
     def issue(self, count: int) -> None:
         """Count leases as issued. Raises ValueError beyond `headroom`: the caller has broken the rule."""
-        if count > self.headroom:
-            raise ValueError(f"{count} leases issued where {self.headroom} are admitted")
+        admitted = min(self.run_ahead_headroom, self.total_headroom)
+        if count > admitted:
+            raise ValueError(f"{count} leases issued where {admitted} are admitted")
         self.leased += count
 
     def end(self, outcome: Outcome, count: int = 1) -> None:

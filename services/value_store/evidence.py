@@ -5,8 +5,10 @@ Which leases end how, and what that does to values, jobs and histories.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import msgpack
 import numpy as np
@@ -18,14 +20,32 @@ from services.value_store.calibration import Calibration
 from services.value_store.jobs import ItemResult
 from services.value_store.memory import Memory, OpenLease
 from services.value_store.posterior import Floats, Retention
-from singlestream.contracts import Outcome, PosteriorUpdate, Tombstone, Trajectory, decode
+from singlestream.contracts import Message, PosteriorUpdate, Tombstone, Trajectory, decode_all
 from singlestream.errors import ContractError
+from singlestream.streams.anchors import is_anchored
 from singlestream.streams.ledger import Change
 
-Entry = tuple[str, bytes, bytes]
-"""(stream entry, lease, encoded message)."""
+
+class Entry(NamedTuple):
+    """One entry of a stream.
+
+    Args:
+        number: the entry's own.
+        lease: the lease number beside the message: readable even where the message is damaged.
+        data: the message as it came.
+        message: the same decoded, or why it cannot be.
+    """
+
+    number: str
+    lease: bytes
+    data: bytes
+    message: Message | ContractError
+
 
 _Message = PosteriorUpdate | Trajectory | Tombstone
+_M = TypeVar("_M", bound=_Message)
+_Counted = tuple[PosteriorUpdate, int, OpenLease]
+"""An update that is evidence, the row of its prompt, and its lease."""
 
 HISTORY_FIELDS = (
     "lease_id",
@@ -55,6 +75,7 @@ class Batch:
         rho: [P] ρ of the updates, for metrics.
         rewards: [P] their rewards.
         staleness: [P] policy versions published since each trajectory's last one, ≥ 0.
+        on_clock: updates under ``kl`` for which the drift clock stood in, since their anchor was evicted or missing.
     """
 
     change: Change
@@ -65,6 +86,7 @@ class Batch:
     rho: Floats = field(default_factory=lambda: np.empty(0))
     rewards: Floats = field(default_factory=lambda: np.empty(0))
     staleness: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    on_clock: int = 0
 
     def apply(self, memory: Memory) -> None:
         """Bring memory to where Redis now is."""
@@ -72,6 +94,7 @@ class Batch:
             getattr(memory.table, name)[self.rows] = values
         memory.close(self.change.closes)
         memory.duplicates += self.change.duplicates
+        memory.on_clock += self.on_clock
         if self.calibration is not None:
             memory.calibration = self.calibration
         if self.change.stream:
@@ -80,63 +103,48 @@ class Batch:
             memory.state = self.change.state
 
 
-@dataclass
-class _Evidence:
-    """Columns of the updates that count, in stream order."""
-
-    leases: list[str] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    at_lease: list[float] = field(default_factory=list)
-
-    def add(self, update: PosteriorUpdate, row: int, v_hat_at_lease: float) -> None:
-        """Append one update that carries a reward and a version."""
-        assert update.reward is not None and update.version is not None  # noqa: S101  the contract's validator holds this
-        self.leases.append(update.lease_id)
-        self.outcomes.append(update.outcome)
-        self.rows.append(row)
-        self.rewards.append(update.reward)
-        self.versions.append(update.version)
-        self.kl.append(np.nan if update.kl is None else update.kl)
-        self.at_lease.append(v_hat_at_lease)
+def decode_entries(raw: Sequence[tuple[str, bytes, bytes]]) -> list[Entry]:
+    """Entries of `ValueStoreStreams.read_stream`, decoded. A pure function, so it may run ahead of the writing."""
+    messages = decode_all([data for *_, data in raw])
+    return [Entry(*one, message) for one, message in zip(raw, messages, strict=True)]
 
 
-def _decoded(
-    entries: Sequence[Entry], source: str, kinds: tuple[type, ...], memory: Memory, change: Change
-) -> Iterator[tuple[int, _Message, OpenLease]]:
+def _usable(
+    entries: Sequence[Entry], source: str, kinds: tuple[type[_M], ...], memory: Memory, change: Change
+) -> Iterator[tuple[int, _M, OpenLease]]:
     """Messages that name an outstanding lease and its prompt, each lease once, with their place among the entries.
 
     Duplicates are counted, and what cannot be used becomes a dead letter.
     """
     closed: set[str] = set()
-    for place, (_, raw, data) in enumerate(entries):
-        number = raw.decode(errors="replace")
-        try:
-            message = decode(data)
-        except ContractError as error:
-            change.dead_letters.append((source, number, str(error)[:2000], data))
-            if number not in closed and memory.find(number) is not None:
-                closed.add(number)  # its end has been written, however badly: nobody will write another
-                change.closes.append((number, "failed"))
+    for place, entry in enumerate(entries):
+        message = entry.message
+        if not isinstance(message, kinds):
+            _set_aside(entry, source, closed, memory, change)
             continue
-        if not isinstance(message, PosteriorUpdate | Trajectory | Tombstone) or not isinstance(message, kinds):
-            change.dead_letters.append((source, number, f"a {type(message).__name__} does not belong here", data))
-            continue
+        number = message.lease_id
         if reason := _misplaced(message):
-            change.dead_letters.append((source, number, reason, data))
+            change.dead_letters.append((source, number, reason, entry.data))
             continue
-        lease = memory.find(message.lease_id)
-        if lease is None or message.lease_id in closed:
+        lease = memory.find(number)
+        if lease is None or number in closed:
             change.duplicates += 1
         elif message.prompt_id != lease.prompt_id and not (message.prompt_id == "" and _fails(message)):
             reason = f"the lease is for prompt {lease.prompt_id}, the message names {message.prompt_id!r}"
-            change.dead_letters.append((source, number, reason, data))
+            change.dead_letters.append((source, number, reason, entry.data))
         else:
-            closed.add(message.lease_id)
+            closed.add(number)
             yield place, message, lease
+
+
+def _set_aside(entry: Entry, source: str, closed: set[str], memory: Memory, change: Change) -> None:
+    """Make a dead letter of what is no message of this stream, and end the lease of a damaged one as failed."""
+    number, damaged = entry.lease.decode(errors="replace"), isinstance(entry.message, ContractError)
+    reason = str(entry.message)[:2000] if damaged else f"a {type(entry.message).__name__} does not belong here"
+    change.dead_letters.append((source, number, reason, entry.data))
+    if damaged and number not in closed and memory.find(number) is not None:
+        closed.add(number)  # its end has been written, however badly: nobody will write another
+        change.closes.append((number, "failed"))
 
 
 def _misplaced(message: _Message) -> str:
@@ -155,7 +163,13 @@ def _fails(message: _Message) -> bool:
 
 
 def plan_updates(
-    entries: Sequence[Entry], stream: str, memory: Memory, retention: Retention, now_s: float, total: int
+    entries: Sequence[Entry],
+    stream: str,
+    memory: Memory,
+    retention: Retention,
+    now_s: float,
+    total: int,
+    anchor_share: float = 0.0,
 ) -> Batch:
     """The change that a stretch of ``posterior_updates`` makes.
 
@@ -168,39 +182,50 @@ def plan_updates(
         retention: how old evidence fades.
         now_s: Unix time of this change.
         total: trajectories that the whole run trains on; once they are trained, training is finished.
+        anchor_share: share of the prompts whose previous response is kept.
 
     Raises:
         UnknownVersions: look these up, then plan again.
     """
-    evidence, taken, seen = _Evidence(), len(entries), set[int]()
+    taken, seen = len(entries), set[int]()
+    counted: list[_Counted] = []
     change = Change(stream=stream, before=memory.cursors.get(stream, "0-0"))
-    for place, message, lease in _decoded(entries, stream, (PosteriorUpdate,), memory, change):
-        assert isinstance(message, PosteriorUpdate)  # noqa: S101  for the type checker
+    for place, message, lease in _usable(entries, stream, (PosteriorUpdate,), memory, change):
         row = memory.table.row(lease.prompt_id)
         if message.reward is not None and row is not None:
             if row in seen:
                 taken = place
                 break
             seen.add(row)
-            evidence.add(message, row, lease.v_hat)
+            counted.append((message, row, lease))
+            if anchor_share and is_anchored(lease.prompt_id, anchor_share):
+                change.anchors.append((lease.prompt_id, message.lease_id))
         change.closes.append((message.lease_id, message.outcome))
-    memory.clock.require(evidence.versions)
-    change.after = entries[taken - 1][0]
+    memory.clock.require({message.version for message, *_ in counted if message.version is not None})
+    change.after = entries[taken - 1].number
     batch = Batch(change, entries=taken)
-    if evidence.rows:
-        _revise(batch, evidence, memory, retention, now_s)
-    trained = memory.ended["train"].get("trained", 0) + sum(outcome == "trained" for _, outcome in change.closes)
-    if trained >= total and memory.state in ("running", "paused"):
+    if counted:
+        _revise(batch, counted, memory, retention, now_s)
+    ended = Counter(memory.ended["train"])
+    ended.update(outcome for _, outcome in change.closes)
+    if memory.admission.completed(ended) >= total and memory.state in ("running", "paused"):
         change.state = "finished"
     return batch
 
 
-def _revise(batch: Batch, evidence: _Evidence, memory: Memory, retention: Retention, now_s: float) -> None:
+def _revise(batch: Batch, counted: Sequence[_Counted], memory: Memory, retention: Retention, now_s: float) -> None:
     """New posteriors, records and histories of the prompts that have evidence."""
-    table, rows = memory.table, np.array(evidence.rows, np.int64)
-    reward, version = np.array(evidence.rewards), np.array(evidence.versions, np.int64)
+    updates, row_list, leases = zip(*counted, strict=True)
+    table, rows = memory.table, np.array(row_list, np.int64)
+    reward = np.array([update.reward for update in updates], np.float64)
+    version = np.array([update.version for update in updates], np.int64)
+    at_lease = [lease.v_hat for lease in leases]
+    drift = np.array([np.nan if update.kl is None else update.kl for update in updates])
     z, z_last, version_last = memory.clock.lookup(version), table.z_last[rows], table.version[rows]
-    rho = retention.rho(z, z_last, version, version_last, np.array(evidence.kl))
+    kl = np.where(table.visits[rows] == 0, 0.0, drift)  # R: a first visit has no drift
+    rho = retention.rho(z, z_last, version, version_last, kl)
+    if retention.mode == "kl":
+        batch.on_clock = int(np.isnan(kl).sum())
     before = posterior.v_hat(table.alpha[rows], table.beta[rows])
     alpha, beta = posterior.update(table.alpha[rows], table.beta[rows], rho, reward)
     batch.rows, batch.rho, batch.rewards = rows, rho, reward
@@ -214,22 +239,15 @@ def _revise(batch: Batch, evidence: _Evidence, memory: Memory, retention: Retent
         "visits": table.visits[rows].astype(np.int64) + 1,
         "updated_at_s": np.full(len(rows), now_s),
     }
-    ids = [table.id(row) for row in evidence.rows]
+    ids = [lease.prompt_id for lease in leases]
     batch.change.values = dict(zip(ids, table.records(rows, **batch.columns), strict=True))
     columns = (rho, before, posterior.v_hat(alpha, beta), alpha + beta, z)
-    lists = zip(
-        evidence.leases,
-        evidence.outcomes,
-        evidence.versions,
-        evidence.rewards,
-        *(c.tolist() for c in columns),
-        evidence.at_lease,
-        strict=True,
-    )
+    pack = msgpack.Packer().pack
     batch.change.history = [
-        (prompt_id, msgpack.packb((*fields, now_s))) for prompt_id, fields in zip(ids, lists, strict=True)
+        (lease.prompt_id, pack((u.lease_id, u.outcome, u.version, u.reward, *numbers, lease.v_hat, now_s)))
+        for u, lease, *numbers in zip(updates, leases, *(c.tolist() for c in columns), strict=True)
     ]
-    batch.calibration = memory.calibration.with_evidence(np.array(evidence.at_lease), reward)
+    batch.calibration = memory.calibration.with_evidence(np.array(at_lease), reward)
     batch.change.calibration = batch.calibration.pack()
 
 
@@ -248,9 +266,10 @@ def plan_results(entries: Sequence[Entry], stream: str, memory: Memory, rho_min:
     Raises:
         UnknownVersions: look these up, then plan again; nothing has changed yet.
     """
-    change = Change(stream=stream, before=memory.cursors.get(stream, "0-0"), after=entries[-1][0])
+    change = Change(stream=stream, before=memory.cursors.get(stream, "0-0"), after=entries[-1].number)
     ended: list[tuple[OpenLease, ItemResult]] = []
-    for _, message, lease in _decoded(entries, stream, (Trajectory, Tombstone), memory, change):
+    kinds: tuple[type[Trajectory | Tombstone], ...] = (Trajectory, Tombstone)
+    for _, message, lease in _usable(entries, stream, kinds, memory, change):
         change.closes.append((message.lease_id, "scored" if isinstance(message, Trajectory) else "failed"))
         ended.append((lease, _item_result(message, lease, memory)))
     memory.clock.require(result.version for _, result in ended if result.version is not None)
@@ -261,7 +280,7 @@ def plan_results(entries: Sequence[Entry], stream: str, memory: Memory, rho_min:
     priors: dict[int, tuple[float, float, float, int]] = {}
     for lease, result in ended:
         job = memory.jobs.get(lease.job or "")
-        if job is None:
+        if job is None or job.finished_at_s is not None:
             continue
         job.record(lease.item, result)
         change.job_results.setdefault(job.job_id, {})[str(lease.item)] = result.pack()
@@ -306,6 +325,7 @@ def _item_result(message: _Message, lease: OpenLease, memory: Memory) -> ItemRes
         tool_calls=len(message.tool_calls),
         action_tokens=message.action_tokens,
         response_tokens=sum(len(segment.token_ids) for segment in message.segments[1:]),
+        answer=message.answer,
         end_reason=message.end_reason,
     )
 

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from services.value_store.schemas import ImportedPrompt, PromptOut
+from services.value_store.schemas import ImportedPrompt
+from singlestream.clients.value_store_replies import PromptValue
 from singlestream.errors import SinglestreamError
 
 ROWS_AT_A_TIME = 1000
@@ -141,7 +142,7 @@ def _offline(pair: tuple[str, Any], number: int) -> tuple[str, list[float]]:
     return text, [float(score > 0) for score in scores]
 
 
-def ndjson_lines(prompts: Sequence[PromptOut]) -> bytes:
+def ndjson_lines(prompts: Sequence[PromptValue]) -> bytes:
     """Prompts as NDJSON."""
     rows = (prompt.model_dump(include=set(COLUMNS.names)) for prompt in prompts)
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
@@ -155,7 +156,7 @@ class ParquetParts:
         self._sent = 0
         self._writer = pq.ParquetWriter(_Forward(self._sink), COLUMNS)
 
-    def add(self, prompts: Sequence[PromptOut]) -> bytes:
+    def add(self, prompts: Sequence[PromptValue]) -> bytes:
         """Write prompts as a row group; returns the bytes that are ready."""
         rows = [prompt.model_dump(include=set(COLUMNS.names)) for prompt in prompts]
         self._writer.write_table(pa.Table.from_pylist(rows, COLUMNS))

@@ -6,8 +6,8 @@ The replicas' demand against what admission allows. Pure but for the random draw
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,34 +15,21 @@ from numpy.typing import NDArray
 from services.value_store import sampler
 from services.value_store.jobs import Job
 from services.value_store.memory import Memory
+from services.value_store.pinning import Replica, current_evaluation
 from services.value_store.posterior import Retention
 from services.value_store.table import SPLITS, Table
 from singlestream.config import ValueStoreConfig
-
-ALIVE_S = 10.0
-"""A replica that has not reported for so long is not counted; it reports every 2 s."""
+from singlestream.contracts import Purpose
+from singlestream.streams.pins import Pin
 
 FORGOTTEN_S = 3600.0
 """After so long a replica's last report is not shown any more."""
 
+MAX_EVALUATIONS = 1_000_000
+"""Where no share bounds them."""
+
 MIN_BACKLOG = 8
 """Unread leases kept at least while a replica lives, so that a fast one never finds the stream empty."""
-
-
-@dataclass(frozen=True)
-class Replica:
-    """A rollout replica's last report; see `singlestream.streams.Keys.replicas`."""
-
-    name: str
-    slots: int
-    in_use: int
-    version: int | None
-    lineage: int | None
-    at_s: float
-
-    def alive(self, now_s: float) -> bool:
-        """Whether it has reported lately."""
-        return now_s - self.at_s < ALIVE_S
 
 
 def parse_replicas(raw: Mapping[bytes, bytes]) -> list[Replica]:
@@ -59,6 +46,7 @@ def parse_replicas(raw: Mapping[bytes, bytes]) -> list[Replica]:
                     version=report.get("version"),
                     lineage=report.get("lineage"),
                     at_s=float(report["at_s"]),
+                    pinned=report.get("pinned"),
                 )
             )
         except (ValueError, KeyError, TypeError):
@@ -79,6 +67,34 @@ def demand(slots: int, held: int, unread: int) -> int:
     return max(0, max(0, slots - held) + max(MIN_BACKLOG, slots // 4) - unread)
 
 
+def shared_and_pinned(
+    alive: Sequence[Replica], pin: Pin | None, held: Mapping[Purpose, int], unread: Mapping[Purpose, int]
+) -> tuple[int, int]:
+    """`demand` of the replicas that take anything, and of those that a pin keeps for evaluation.
+
+    Args:
+        alive: reports of the living replicas.
+        pin: the pinned evaluation under way.
+        held: purpose → leases that replicas have taken and not ended.
+        unread: purpose → leases that none has taken.
+    """
+    kept = pin.replicas if pin is not None else ()
+    free = sum(one.slots for one in alive if one.name not in kept)
+    if pin is None:
+        return demand(free, sum(held.values()), sum(unread.values())), 0
+    mixed: tuple[Purpose, ...] = ("train", "estimate")
+    shared = demand(free, sum(held[one] for one in mixed), sum(unread[one] for one in mixed))
+    slots = sum(one.slots for one in alive if one.name in kept)
+    return shared, demand(slots, held["evaluate"], unread["evaluate"])
+
+
+def evaluation_room(outstanding: int, alive: Iterable[Replica], share: float, training: bool) -> int:
+    """Evaluation leases that may be issued: while training runs, as many as keep to their share of all slots, ≥ 0."""
+    if not training or share >= 1.0:
+        return MAX_EVALUATIONS
+    return max(0, math.ceil(share * sum(one.slots for one in alive)) - outstanding)
+
+
 def split_demand(wanted: int, jobs: int, training: int) -> tuple[int, int]:
     """Share leases between jobs and training: half each, and what one side cannot use goes to the other.
 
@@ -94,15 +110,33 @@ def split_demand(wanted: int, jobs: int, training: int) -> tuple[int, int]:
     return for_jobs, min(training, wanted - for_jobs)
 
 
-def pending_items(jobs: Iterable[Job], count: int) -> list[tuple[Job, int]]:
-    """The next items of unfinished jobs, oldest job first."""
+def pending_items(jobs: Iterable[Job], count: int, evaluations: int) -> list[tuple[Job, int]]:
+    """The next items of unfinished jobs, oldest job first, at most ``evaluations`` of them for evaluation."""
     items: list[tuple[Job, int]] = []
     for job in sorted(jobs, key=lambda job: (job.created_at_s, job.job_id)):
-        if len(items) >= count:
+        room = count - len(items)
+        if room <= 0:
             break
         if job.finished_at_s is None:
-            items.extend((job, item) for item in job.peek(count - len(items)))
+            items.extend(
+                (job, item) for item in job.peek(min(room, evaluations) if job.purpose == "evaluate" else room)
+            )
     return items
+
+
+def items_to_lease(
+    memory: Memory, alive: Sequence[Replica], share: float, wanted: int, pinned: int
+) -> tuple[list[tuple[Job, int]], list[tuple[Job, int]]]:
+    """Items of jobs to lease now: ``wanted`` that share with training, ``pinned`` of a pinned evaluation."""
+    evaluation = current_evaluation(memory.jobs.values())
+    shared = [job for job in memory.jobs.values() if job.purpose == "estimate"]
+    held: list[tuple[Job, int]] = []
+    if evaluation is not None and not evaluation.pinned:
+        shared.append(evaluation)
+    elif evaluation is not None and evaluation.policy is not None:
+        held = pending_items([evaluation], pinned, pinned)
+    room = evaluation_room(len(memory.open["evaluate"]), alive, share, memory.state == "running")
+    return pending_items(shared, wanted, room), held
 
 
 def all_weights(
@@ -122,7 +156,7 @@ def training_weights(
 ) -> NDArray[np.float64]:
     """`all_weights`, but 0 where a training lease is outstanding or the prompt is not for training."""
     weight = all_weights(memory, settings, retention, rng)
-    weight *= (memory.table.split == SPLITS.index("train")) & ~memory.table.in_flight
+    weight *= (memory.table.split == SPLITS.index("train")) & (memory.table.in_flight == 0)
     return weight
 
 

@@ -42,6 +42,8 @@ class ItemResult(BaseModel):
     """Tokens that the policy generated."""
     response_tokens: int = 0
     """Tokens after the prompt, tools' output included."""
+    answer: str | None = None
+    """What the model boxed last; None without a box."""
     end_reason: str = ""
     """Why the episode ended, or why the lease failed."""
 
@@ -60,8 +62,12 @@ class Job:
         n: rewards a prompt.
         sampling: how the engine samples.
         created_at_s: Unix time.
-        finished_at_s: Unix time of the last item's end; None while items are open.
+        finished_at_s: Unix time of the last item's end, or of the job's failure; None while items are open.
         summary: totals of a finished job, as `summary` gave them.
+        pinned: whether one policy version samples everything (`pinning`).
+        version: that version; None until it is known, and for a job that is not pinned.
+        lineage: of that version.
+        error: why the job ended before all of its items did; None otherwise.
     """
 
     def __init__(
@@ -74,7 +80,12 @@ class Job:
         created_at_s: float,
         finished_at_s: float | None = None,
         summary: dict[str, Any] | None = None,
+        pinned: bool = False,
+        version: int | None = None,
+        lineage: int | None = None,
+        error: str | None = None,
     ) -> None:
+        self.pinned, self.version, self.lineage, self.error = pinned, version, lineage, error
         self.job_id, self.purpose, self.prompt_ids, self.n, self.sampling = job_id, purpose, prompt_ids, n, sampling
         self.created_at_s, self.finished_at_s = created_at_s, finished_at_s
         self._final = summary
@@ -100,6 +111,21 @@ class Job:
         """Whether every item has a reward or has failed for good."""
         return self.done + self.failed >= self.total
 
+    @property
+    def policy(self) -> tuple[int, int] | None:
+        """(version, lineage) that a pinned job is held to, once it is known."""
+        return None if self.version is None or self.lineage is None else (self.version, self.lineage)
+
+    def same_as(self, other: Job) -> bool:
+        """Whether both ask for the same rewards."""
+        mine, theirs = ((job.purpose, job.n, job.sampling, job.pinned, job.prompt_ids) for job in (self, other))
+        return mine == theirs
+
+    def fail(self, error: str, now_s: float) -> None:
+        """End the job before its items. Leases of it that are still out end by themselves, without effect on it."""
+        self.error, self.finished_at_s = error, now_s
+        self._final = self.summary()
+
     def prompt_of(self, item: int) -> str:
         """Prompt of an item."""
         return self.prompt_ids[item // self.n]
@@ -116,6 +142,8 @@ class Job:
 
     def lease(self, item: int) -> None:
         """Mark an item as leased: by `peek` and issue, or found outstanding in Redis."""
+        if self.finished_at_s is not None:
+            return  # a failed job's last leases
         self._state[item] = _LEASED
         if item in self._failures:
             with contextlib.suppress(ValueError):
@@ -189,6 +217,10 @@ class Job:
             "created_at_s": self.created_at_s,
             "finished_at_s": self.finished_at_s,
             "summary": self.summary() if self.finished_at_s is not None else None,
+            "pinned": self.pinned,
+            "version": self.version,
+            "lineage": self.lineage,
+            "error": self.error,
         }
         return bytes(msgpack.packb(record, use_bin_type=True))
 

@@ -12,8 +12,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from services.value_store import issuing
-from services.value_store.evidence import Entry
+from services.value_store import evaluations, issuing
+from services.value_store.evidence import Entry, decode_entries
 from services.value_store.store import NotReady, Store
 from singlestream.streams.connection import LOST
 from singlestream.streams.keys import GROUP
@@ -24,9 +24,12 @@ log = logging.getLogger(__name__)
 ENTRIES_PER_BATCH = 4096
 RESULTS_PER_BATCH = 256
 """Results carry whole trajectories: 256 of 32k tokens are about 80 MB."""
+BATCHES_AHEAD = 2
+"""Batches read and decoded while earlier ones are computed and written."""
 BLOCK_MS = 1000
 TICK_S = 0.05
 """A replica's free slot waits at most so long, and a script, for its next lease."""
+TRAJECTORIES_PER_LOOK = 32
 CHECK_EVERY_S = 1.0
 """How often Redis' memory and its run id are read."""
 
@@ -47,29 +50,36 @@ async def _follow(
     while True:
         await store.until_ready()
         memory = store.memory
-        ahead: asyncio.Task[list[Entry]] | None = None
+        batches, room = asyncio.Queue[list[Entry]](), asyncio.Semaphore(BATCHES_AHEAD)
+        after = memory.cursors.get(stream, "0-0")
+        reading = asyncio.create_task(_read(store, stream, after, count, batches, room))
         try:
-            after = memory.cursors.get(stream, "0-0")
-            entries = await store.streams.read_stream(stream, after, count, BLOCK_MS)
-            while entries:
-                # Redis finds the next entries while these are computed and written.
-                reading = store.streams.read_stream(stream, entries[-1][0], count, BLOCK_MS)
-                ahead = asyncio.create_task(reading)
+            while entries := await batches.get():
+                room.release()
                 await take(memory.epoch, entries)
-                entries = await ahead
         except NotReady:
             await asyncio.sleep(TICK_S)
-        except LOST as error:
-            store.doubt(error)
         finally:
-            await _drop(ahead)
+            reading.cancel()
+            await asyncio.wait([reading])  # awaiting the task itself would mix its cancellation up with this one's
+        if not reading.cancelled():
+            reading.result()
 
 
-async def _drop(ahead: asyncio.Task[list[Entry]] | None) -> None:
-    if ahead is not None:
-        ahead.cancel()
-        with contextlib.suppress(asyncio.CancelledError, *LOST):
-            await ahead
+async def _read(
+    store: Store, stream: str, after: str, count: int, batches: asyncio.Queue[list[Entry]], room: asyncio.Semaphore
+) -> None:
+    """Put decoded batches into the queue until nothing comes for `BLOCK_MS`; an empty one is the last."""
+    try:
+        await room.acquire()
+        while raw := await store.streams.read_stream(stream, after, count, BLOCK_MS):
+            batches.put_nowait(decode_entries(raw))
+            after = raw[-1][0]
+            await room.acquire()
+    except LOST as error:
+        store.doubt(error)
+    finally:
+        batches.put_nowait([])
 
 
 async def follow_versions(store: Store) -> None:
@@ -85,6 +95,21 @@ async def follow_versions(store: Store) -> None:
             store.doubt(error)
 
 
+async def follow_trajectories(store: Store) -> None:
+    """Keep the newest trajectories for the page, at most `TRAJECTORIES_PER_LOOK` a second: the others are passed by."""
+    memory, after = None, "0-0"
+    while True:
+        await store.until_ready()
+        if memory is not store.memory:
+            memory, after = store.memory, "0-0"  # after a restart of Redis the stream may have gone back
+        with contextlib.suppress(*LOST):  # the loops that write find out what it means
+            newest = await store.redis.xrevrange(store.keys.trajectories, "+", f"({after}", TRAJECTORIES_PER_LOOK)
+            for _, fields in reversed(newest):
+                store.recent.trajectories.add(fields.get(b"m", b""))
+            after = newest[0][0].decode() if newest else after
+        await asyncio.sleep(CHECK_EVERY_S)
+
+
 async def issue_leases(store: Store) -> None:
     """Keep the lease streams as full as the living replicas need, and wind an early stop down."""
     checked_s = 0.0
@@ -96,9 +121,10 @@ async def issue_leases(store: Store) -> None:
                 checked_s = time.monotonic()
             if store.memory.state == "stopping":
                 await store.wind_down()
-            wanted = await _wanted(store)
-            if wanted:
-                await store.issue(wanted)
+            shared, pinned = await _wanted(store)
+            await evaluations.move_pin(store)
+            if shared or pinned:
+                await store.issue(shared, pinned)
         except NotReady:
             pass
         except LOST as error:
@@ -139,7 +165,8 @@ def parse_heartbeat(text: bytes | None) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-async def _wanted(store: Store) -> int:
+async def _wanted(store: Store) -> tuple[int, int]:
+    """`issuing.shared_and_pinned`, as Redis stands now."""
     keys = store.keys
     async with store.redis.pipeline(transaction=False) as pipe:
         pipe.hgetall(keys.replicas)
@@ -149,8 +176,9 @@ async def _wanted(store: Store) -> int:
         raw, *lengths = await pipe.execute()
     now_s = time.time()
     store.replicas = [one for one in issuing.parse_replicas(raw) if now_s - one.at_s < issuing.FORGOTTEN_S]
-    slots = sum(replica.slots for replica in store.replicas if replica.alive(now_s))
-    held = sum(pending["pending"] if isinstance(pending, dict) else pending[0] for pending in lengths[1::2])
-    unread = max(0, sum(lengths[0::2]) - held)
-    store.recent.queues.held_leases, store.recent.queues.unread_leases = held, unread
-    return issuing.demand(slots, held, unread)
+    counts = [pending["pending"] if isinstance(pending, dict) else pending[0] for pending in lengths[1::2]]
+    held = dict(zip(PURPOSES, counts, strict=True))
+    unread = {one: max(0, length - held[one]) for one, length in zip(PURPOSES, lengths[0::2], strict=True)}
+    queues = store.recent.queues
+    queues.held_leases, queues.unread_leases = sum(held.values()), sum(unread.values())
+    return issuing.shared_and_pinned(store.alive_replicas(), store.memory.pin, held, unread)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgpack
+import numpy as np
 from redis.asyncio import Redis
 
 from services.value_store.admission import TRAINING_ENDS, Admission
@@ -22,7 +23,9 @@ from services.value_store.table import Table
 from singlestream.config import Config
 from singlestream.contracts import Outcome, PolicyVersion, Purpose, decode_as
 from singlestream.errors import ContractError, UnknownOutcome
+from singlestream.streams.connection import renew_file
 from singlestream.streams.ledger import PURPOSES, LedgerCounts, ValueStoreStreams, read_ledger
+from singlestream.streams.pins import Pin
 
 VERSIONS_KEPT = 1024
 """Policy versions listed over REST."""
@@ -92,10 +95,12 @@ class Memory:
         self.leased: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
         self.ended: dict[Purpose, dict[Outcome, int]] = {purpose: {} for purpose in PURPOSES}
         self.duplicates = 0
+        self.on_clock = 0
         self.cursors: dict[str, str] = {}
         self.versions: deque[PublishedVersion] = deque(maxlen=VERSIONS_KEPT)
         self.versions_cursor = "0-0"
         self.jobs: dict[str, Job] = {}
+        self.pin: Pin | None = None
         self.calibration = Calibration()
         self.state = "paused"
         self.issued: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
@@ -114,7 +119,7 @@ class Memory:
             counts[purpose, outcome] += 1
             if purpose == "train" and (row := self.table.row(ended.prompt_id)) is not None:
                 landed.append(row)
-        self.table.in_flight[landed] = False
+        np.subtract.at(self.table.in_flight, landed, 1)
         for (purpose, outcome), count in counts.items():
             self.ended[purpose][outcome] = self.ended[purpose].get(outcome, 0) + count
             if purpose == "train":
@@ -129,7 +134,7 @@ class Memory:
             self.admission.issue(1)
             row = self.table.row(record.prompt_id)
             if row is not None:
-                self.table.in_flight[row] = True
+                self.table.in_flight[row] += 1
         elif record.job in self.jobs:
             self.jobs[record.job].lease(record.item)
 
@@ -160,15 +165,19 @@ async def load_memory(streams: ValueStoreStreams, config: Config) -> Memory:
     """
     run, redis, keys = config.run, streams.redis, streams.keys
     epoch = await streams.take_over()
+    await renew_file(redis)
     info = await redis.info("server")
-    memory = Memory(epoch, str(info["run_id"]), Admission(run.train_batch_size, run.max_staleness, run.total_steps))
+    group_size = config.value_store.group_size
+    admission = Admission(run.train_batch_size, run.max_staleness, run.total_steps, group_size)
+    memory = Memory(epoch, str(info["run_id"]), admission)
     async for batch in streams.scan(keys.values):
         memory.table.put([prompt_id.decode() for prompt_id, _ in batch], [record for _, record in batch])
         await asyncio.sleep(0)
     await _load_versions(memory, redis, keys.clock, keys.policy_versions)
     await _load_jobs(memory, streams)
     await _load_ledger(memory, redis, streams)
-    state, calibration = await redis.mget(keys.state, keys.calibration)
+    state, calibration, pin = await redis.mget(keys.state, keys.calibration, keys.pin)
+    memory.pin = Pin.parse(pin)
     memory.state = state.decode() if state else config.value_store.training
     if memory.state == "finished" and not memory.admission.finished:
         memory.state = "paused"  # total_steps was raised since
@@ -226,7 +235,7 @@ def _restore(memory: Memory, lease: str, record: OpenLease) -> None:
         memory.admission.leased += 1
         row = memory.table.row(record.prompt_id)
         if row is not None:
-            memory.table.in_flight[row] = True
+            memory.table.in_flight[row] += 1
     elif record.job in memory.jobs:
         memory.jobs[record.job].lease(record.item)
     memory.open[purpose][lease] = record

@@ -67,6 +67,8 @@ def _leases(memory: Memory) -> Iterable[Metric]:
     headroom = memory.admission.headroom
     yield GaugeMetricFamily(f"{_PREFIX}_admission_headroom_leases", "Training leases admitted now.", headroom)
     yield CounterMetricFamily(f"{_PREFIX}_duplicates", "Closings that named no outstanding lease.", memory.duplicates)
+    on_clock = "Updates under kl retention that went by the drift clock for want of an anchor, since this start."
+    yield CounterMetricFamily(f"{_PREFIX}_kl_on_clock", on_clock, memory.on_clock)
 
 
 def _posterior(store: Store, memory: Memory) -> Iterable[Metric]:

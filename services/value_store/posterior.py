@@ -58,18 +58,17 @@ class Retention:
             z_last: [P] greatest z among the prompt's earlier evidence; NaN where there is none.
             version: [P] each trajectory's policy version.
             version_last: [P] greatest version among the prompt's earlier evidence; −1 where there is none.
-            kl: [P] mean |Δ log p| on the prompt's previous response; NaN where it was not measured, which counts as 0
-                (R: a first visit).
+            kl: [P] mean |Δ log p| on the prompt's previous response, 0 on a first visit (R); NaN where it was not
+                measured, and then ``kl`` goes by the clock like ``drift``.
         """
         if self.mode == "constant":
             return np.full(np.shape(z), self.rho_constant)
         if self.mode == "event":
             return np.maximum(self._event(version, version_last), FLOOR)
-        halvings = (
-            np.nan_to_num(np.asarray(kl, np.float64) / self.d_half, nan=0.0)
-            if self.mode == "kl"
-            else _drift_since(z, z_last)
-        )
+        halvings = _drift_since(z, z_last)
+        if self.mode == "kl":
+            measured = np.asarray(kl, np.float64)
+            halvings = np.where(np.isnan(measured), halvings, measured / self.d_half)
         return np.asarray(np.clip(np.exp2(-halvings), self.rho_min, self.rho_max))
 
     def fade(self, z_now: float, z_last: ArrayLike, version_now: int, version_last: ArrayLike) -> Floats:
@@ -122,6 +121,20 @@ def v_hat(alpha: ArrayLike, beta: ArrayLike) -> Floats:
     """Posterior mean α/(α+β), [P] strictly inside (0, 1)."""
     alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)
     return np.asarray(np.clip(alpha / (alpha + beta), FLOOR, 1.0 - FLOOR))
+
+
+def shrunk(alpha: ArrayLike, beta: ArrayLike, mean: float | None, kappa: float) -> Floats:
+    """v̂ = (α + κm)/(α + β + κ), [P] strictly inside (0, 1): the posterior mean, drawn towards m as by κ observations.
+
+    Args:
+        alpha: [P] > 0.
+        beta: [P] > 0.
+        mean: m, mean reward of the last batch, in [0, 1]; None where there is none yet, and then nothing is drawn.
+        kappa: ≥ 0, in observations.
+    """
+    weight = 0.0 if mean is None else kappa
+    pulled = weight * (mean or 0.0)
+    return v_hat(np.asarray(alpha, np.float64) + pulled, np.asarray(beta, np.float64) + (weight - pulled))
 
 
 def interval(alpha: ArrayLike, beta: ArrayLike, mass: float = 0.95) -> tuple[Floats, Floats]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from services.value_store.trajectories import LastTrajectories
+
 EVIDENCE_KEPT = 1024
 """Trajectories behind the means: a few steps of training."""
 SNAPSHOT_EVERY_S = 5.0
@@ -40,6 +42,7 @@ class Recent:
     snapshots: deque[tuple[float, list[int]]] = field(default_factory=lambda: deque(maxlen=SNAPSHOTS_KEPT))
     """(Unix time, counts of v̂ in `BINS` equal bins)."""
     queues: Queues = field(default_factory=Queues)
+    trajectories: LastTrajectories = field(default_factory=LastTrajectories)
     learner: dict[str, object] | None = None
     """The learner's heartbeat: step, state, waiting_for, at_s; None where it has sent none."""
 
@@ -49,6 +52,11 @@ class Recent:
             self.rho = rho
             self.rewards.extend(rewards[-EVIDENCE_KEPT:].tolist())
             self.staleness.extend(staleness[-EVIDENCE_KEPT:].tolist())
+
+    def mean_reward(self, count: int) -> float | None:
+        """Mean of the last ``count`` rewards, as far as they are kept; None before the first."""
+        last = list(self.rewards)[-count:]
+        return sum(last) / len(last) if last else None
 
     def snapshot(self, now_s: float, v_hat: NDArray[np.float64]) -> None:
         """Note the histogram of v̂, at most every `SNAPSHOT_EVERY_S`."""

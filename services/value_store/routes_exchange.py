@@ -21,8 +21,9 @@ from services.value_store.jobs import Job
 from services.value_store.problems import problem_docs
 from services.value_store.prompts import Prompt, prior_of
 from services.value_store.routes_prompts import StoreDep
-from services.value_store.schemas import Imported, ImportedPrompt, PromptOut
+from services.value_store.schemas import Imported, ImportedPrompt
 from services.value_store.store import Store
+from singlestream.clients.value_store_replies import PromptValue
 from singlestream.streams.ledger import prompt_id
 
 reads = APIRouter(prefix="/v1", tags=["exchange"])
@@ -149,11 +150,10 @@ async def export(
     return StreamingResponse(parts, media_type=MEDIA[format], headers={"Content-Disposition": disposition})
 
 
-async def _pages(store: Store) -> AsyncIterator[list[PromptOut]]:
-    table = store.memory.table
-    ids = [table.id(row) for row in np.argsort(table.id_number)]
-    for start in range(0, len(ids), ROWS_AT_A_TIME):
-        part = ids[start : start + ROWS_AT_A_TIME]
+async def _pages(store: Store) -> AsyncIterator[list[PromptValue]]:
+    numbers = np.sort(store.memory.table.id_number)  # a copy, 8 bytes a prompt: memory may be read anew meanwhile
+    for start in range(0, len(numbers), ROWS_AT_A_TIME):
+        part = [f"{number:016x}" for number in numbers[start : start + ROWS_AT_A_TIME].tolist()]
         memory = store.memory
         rows = [memory.table.row(one) for one in part]
         prompts = await store.fetch_prompts(part)

@@ -6,20 +6,22 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgpack
 import numpy as np
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
+from services.value_store import evaluations
 from services.value_store.jobs import Job
 from services.value_store.problems import problem_docs
 from services.value_store.routes_prompts import StoreDep, bound
-from services.value_store.schemas import JobIn, JobOut
+from services.value_store.schemas import JobIn
 from services.value_store.store import Store
 from services.value_store.table import SPLITS
+from singlestream.clients.value_store_replies import Job as JobOut
 from singlestream.contracts import Sampling
 
 MAX_ITEMS = 20_000_000
@@ -36,12 +38,18 @@ JobPath = Annotated[str, Path(pattern=r"^[0-9a-f]{12}$", description="Job id.", 
 NOT_FOUND = problem_docs(404)
 
 
-def show(job: Job) -> JobOut:
+def show(store: Store, job: Job) -> JobOut:
     """A job as REST shows it."""
+    ended: Literal["finished", "failed"] = "finished" if job.error is None else "failed"
     return JobOut(
         job_id=job.job_id,
         purpose=job.purpose,
-        state="running" if job.finished_at_s is None else "finished",
+        state="running" if job.finished_at_s is None else ended,
+        error=job.error,
+        waiting_for=evaluations.waiting_for(store, job),
+        pinned=job.pinned,
+        version=job.version,
+        lineage=job.lineage,
         n=job.n,
         prompts=len(job.prompt_ids),
         total=job.total,
@@ -64,9 +72,9 @@ def _find(store: Store, job_id: str) -> Job:
     "/jobs",
     status_code=201,
     summary="Collect rewards for prompts",
-    responses=problem_docs(409),
+    responses={200: {"model": JobOut, "description": "resume: the job that asked for the same."}, **problem_docs(409)},
 )
-async def create_job(store: StoreDep, body: JobIn) -> JobOut:
+async def create_job(store: StoreDep, body: JobIn, response: Response) -> JobOut:
     """An estimation sets each prompt's prior once all its rewards are there, if it has no visits yet.
 
     Jobs survive a restart.
@@ -85,9 +93,13 @@ async def create_job(store: StoreDep, body: JobIn) -> JobOut:
     if sampling is None:
         training = Sampling(temperature=store.config.run.temperature, top_p=1.0, top_k=0)
         sampling = training if body.purpose == "estimate" else EVALUATION
-    job = Job(secrets.token_hex(6), body.purpose, ids, body.n, sampling, time.time())
-    await store.create_job(job)
-    return show(job)
+    if body.pinned and body.purpose != "evaluate":
+        raise HTTPException(422, "only an evaluation can be pinned")
+    new = Job(secrets.token_hex(6), body.purpose, ids, body.n, sampling, time.time(), pinned=body.pinned)
+    job = await evaluations.create_job(store, new, body.resume)
+    if job is not new:
+        response.status_code = 200
+    return show(store, job)
 
 
 def _of_split(store: Store, body: JobIn) -> list[str]:
@@ -101,13 +113,21 @@ def _of_split(store: Store, body: JobIn) -> list[str]:
 @reads.get("/jobs", summary="All jobs, newest first")
 async def list_jobs(store: StoreDep) -> list[JobOut]:
     """With their totals so far."""
-    return [show(job) for job in sorted(store.memory.jobs.values(), key=lambda job: -job.created_at_s)]
+    return [show(store, job) for job in sorted(store.memory.jobs.values(), key=lambda job: -job.created_at_s)]
 
 
 @reads.get("/jobs/{job_id}", summary="One job", responses=NOT_FOUND)
 async def get_job(store: StoreDep, job_id: JobPath) -> JobOut:
     """With its totals so far."""
-    return show(_find(store, job_id))
+    return show(store, _find(store, job_id))
+
+
+@writes.post("/jobs/{job_id}/cancel", summary="End a job early", responses=NOT_FOUND)
+async def cancel_job(store: StoreDep, job_id: JobPath) -> JobOut:
+    """Nothing more is leased for it; its results so far stay. A finished job stays as it is."""
+    job = _find(store, job_id)
+    await evaluations.cancel_job(store, job)
+    return show(store, job)
 
 
 @reads.get(
@@ -123,7 +143,7 @@ async def get_results(store: StoreDep, job_id: JobPath) -> StreamingResponse:
     """One JSON object a line, by prompt and repetition; items without a result yet are left out.
 
     Fields: prompt_id, repetition, lease_id, reward (null: failed), version, turns, tool_calls, action_tokens,
-    response_tokens, end_reason, failures.
+    response_tokens, answer (what was boxed last), end_reason, failures.
     """
     return StreamingResponse(_lines(store, _find(store, job_id)), media_type="application/x-ndjson")
 

@@ -14,7 +14,8 @@ from starlette.staticfiles import StaticFiles
 from services.value_store.recent import Recent, count_values
 from services.value_store.routes_prompts import StoreDep
 from services.value_store.routes_run import show_training
-from services.value_store.schemas import LearnerOut, Overview, QueuesOut, ReplicaOut, Snapshot, VersionOut
+from services.value_store.schemas import LearnerOut, Overview, QueuesOut, Snapshot
+from singlestream.clients.value_store_replies import Replica, Version
 
 FOLDER = Path(__file__).parent / "page"
 LEARNER_ALIVE_S = 30.0
@@ -51,11 +52,11 @@ async def get_overview(store: StoreDep) -> Overview:
         },
         reward_mean=_mean(recent.rewards),
         staleness_mean=_mean(recent.staleness),
-        policy=VersionOut(**asdict(newest)) if newest else None,
+        policy=Version(**asdict(newest)) if newest else None,
         z_now=memory.clock.now,
         queues=QueuesOut(**asdict(recent.queues)),
         learner=_learner(recent, now_s),
-        replicas=[ReplicaOut(**asdict(replica), alive=replica.alive(now_s)) for replica in store.replicas],
+        replicas=[Replica(**asdict(replica), alive=replica.alive(now_s)) for replica in store.replicas],
         prompts=len(memory.table),
         visits=int(memory.table.visits.sum(dtype=np.int64)),
         v_hat_over_time=[*_snapshots(recent), Snapshot(at_s=now_s, counts=count_values(memory.table.v_hat))],

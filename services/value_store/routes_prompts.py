@@ -8,25 +8,25 @@ import msgpack
 from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.exceptions import HTTPException
 
-from services.value_store import views
+from services.value_store import ndjson, trajectories, views
 from services.value_store.evidence import HISTORY_FIELDS
 from services.value_store.problems import problem_docs
 from services.value_store.prompts import Prompt, prior_of
-from services.value_store.schemas import (
-    PROMPT_ID,
-    History,
-    HistoryEntry,
-    PromptIn,
-    PromptOut,
-    PromptPage,
-    Upserted,
-    ValueOut,
-    Values,
-    ValuesQuery,
-)
+from services.value_store.schemas import PromptIn, ValuesQuery
 from services.value_store.store import Store
 from services.value_store.table import Split
 from services.value_store.views import Filters, Order
+from singlestream.clients.value_store_replies import (
+    PROMPT_ID,
+    History,
+    HistoryEntry,
+    Ids,
+    Page,
+    PromptValue,
+    Trajectories,
+    Value,
+    Values,
+)
 from singlestream.streams.ledger import prompt_id
 
 SCANNED_PER_PAGE = 20_000
@@ -34,7 +34,12 @@ SCANNED_PER_PAGE = 20_000
 SCANNED_AT_A_TIME = 1000
 
 reads = APIRouter(prefix="/v1", tags=["prompts"])
-writes = APIRouter(prefix="/v1", tags=["prompts"])
+writes = APIRouter(prefix="/v1", tags=["prompts"], route_class=ndjson.NdjsonRoute)
+LINES = {
+    "requestBody": {
+        "content": {ndjson.MEDIA_TYPE: {"schema": {"type": "string", "description": "One prompt a line, as JSON."}}}
+    }
+}
 
 
 async def get_store(request: Request) -> Store:
@@ -54,9 +59,9 @@ def bound(count: int, limit: int, what: str) -> None:
         raise HTTPException(422, f"{count} {what} in one request; the bound is {limit}")
 
 
-@writes.post("/prompts", summary="Insert or update prompts in bulk", responses=problem_docs(409))
-async def upsert(store: StoreDep, prompts: list[PromptIn]) -> Upserted:
-    """Source and question make a prompt's id.
+@writes.post("/prompts", summary="Insert or update prompts in bulk", responses=problem_docs(409), openapi_extra=LINES)
+async def upsert(store: StoreDep, prompts: list[PromptIn]) -> Ids:
+    """A JSON array, or NDJSON. Source and question make a prompt's id.
 
     Answer, environment and split of a known prompt are replaced, its value stays. May be repeated safely, also after
     a 503.
@@ -64,7 +69,7 @@ async def upsert(store: StoreDep, prompts: list[PromptIn]) -> Upserted:
     bound(len(prompts), store.config.value_store.max_prompts_per_request, "prompts")
     rho_min = store.config.value_store.rho_min
     packed = [Prompt(p.question, p.answer, p.source, p.environment, p.split) for p in prompts]
-    return Upserted(ids=await store.upsert(packed, [prior_of(p.prior_rewards, rho_min) for p in prompts]))
+    return Ids(ids=await store.upsert(packed, [prior_of(p.prior_rewards, rho_min) for p in prompts]))
 
 
 @reads.get("/prompts", summary="List prompts")
@@ -85,7 +90,7 @@ async def list_prompts(
     descending: Annotated[bool, Query(description="Greatest first.")] = False,
     limit: Annotated[int, Query(ge=1, description="Prompts a page; bounded by max_page.")] = 50,
     cursor: Annotated[str | None, Query(max_length=100, description="From the page before.")] = None,
-) -> PromptPage:
+) -> Page:
     """Pages follow one another by (order, id). A text search may return a short page with a cursor: go on from it."""
     bound(limit, store.config.value_store.max_page, "prompts a page")
     memory, retention = store.memory, store.retention
@@ -98,7 +103,7 @@ async def list_prompts(
     keys = views.order_keys(memory, store.config.value_store, retention, order, rows)
     keys = -keys if descending else keys
     ids = memory.table.id_number[rows]
-    found: list[PromptOut] = []
+    found: list[PromptValue] = []
     scanned, step = 0, limit if q is None else SCANNED_AT_A_TIME
     while True:
         places = views.page(keys, ids, step + 1, after)
@@ -112,12 +117,12 @@ async def list_prompts(
                 more = more or number < len(places)
                 break
         if not more or after is None:
-            return PromptPage(prompts=found, cursor=None)
+            return Page(prompts=found, cursor=None)
         if len(found) == limit or scanned >= SCANNED_PER_PAGE:
-            return PromptPage(prompts=found, cursor=views.pack_cursor(*after))
+            return Page(prompts=found, cursor=views.pack_cursor(*after))
 
 
-async def _with_texts(store: Store, rows: list[int], q: str | None) -> list[PromptOut | None]:
+async def _with_texts(store: Store, rows: list[int], q: str | None) -> list[PromptValue | None]:
     memory = store.memory
     prompts = await store.fetch_prompts([memory.table.id(row) for row in rows])
     wanted = [p is not None and (q is None or q.casefold() in p.question.casefold()) for p in prompts]
@@ -131,7 +136,7 @@ async def _with_texts(store: Store, rows: list[int], q: str | None) -> list[Prom
 
 
 @reads.get("/prompts/{prompt_id}", summary="One prompt and its posterior", responses=NOT_FOUND)
-async def get_prompt(store: StoreDep, prompt_id: IdPath) -> PromptOut:
+async def get_prompt(store: StoreDep, prompt_id: IdPath) -> PromptValue:
     """The interval and n_eff are faded by the policy's drift since the last evidence."""
     row = store.memory.table.row(prompt_id)
     shown = await _with_texts(store, [row], None) if row is not None else [None]
@@ -152,6 +157,18 @@ async def get_history(
     return History(prompt_id=prompt_id, entries=entries)
 
 
+@reads.get("/prompts/{prompt_id}/trajectories", summary="The last trajectories of one prompt", responses=NOT_FOUND)
+async def get_trajectories(
+    store: StoreDep, prompt_id: IdPath, limit: Annotated[int, Query(ge=1, le=16)] = 4
+) -> Trajectories:
+    """From the newest of the run that are held in memory (64 MiB); a busy run shows a sample of them."""
+    if prompt_id not in store.memory.table:
+        raise HTTPException(404, f"no prompt {prompt_id}")
+    tokenizer = trajectories.find_tokenizer(store.config.run.model)
+    found = store.recent.trajectories.of(prompt_id, limit)
+    return Trajectories(prompt_id=prompt_id, trajectories=[trajectories.show(one, tokenizer) for one in found])
+
+
 @reads.post("/values", summary="Values of many prompts")
 async def lookup(store: StoreDep, query: ValuesQuery) -> Values:
     """By ids, or by the questions' exact texts; a text's source may be left open."""
@@ -168,7 +185,7 @@ async def lookup(store: StoreDep, query: ValuesQuery) -> Values:
             next((row for source in sources if (row := table.row(prompt_id(source, text))) is not None), None)
             for text in query.texts or ()
         ]
-    shown: dict[int, ValueOut] = {}
+    shown: dict[int, Value] = {}
     known = sorted({row for row in rows if row is not None})
     shown.update(zip(known, views.value_outs(store.memory, store.retention, known), strict=True))
     return Values(values=[None if row is None else shown[row] for row in rows])

@@ -13,20 +13,19 @@ from starlette.exceptions import HTTPException
 from services.value_store import issuing, metrics, sampler, views
 from services.value_store.problems import problem_docs
 from services.value_store.routes_prompts import StoreDep, bound
-from services.value_store.schemas import (
-    Health,
+from services.value_store.schemas import Health, TrainingIn
+from services.value_store.store import NotReady, Store
+from singlestream.clients.value_store_replies import (
     Ledger,
-    LedgerOut,
     Policy,
     Preview,
+    PurposeLedger,
     ReliabilityBin,
-    ReplicaOut,
+    Replica,
     Stats,
     Training,
-    TrainingIn,
-    VersionOut,
+    Version,
 )
-from services.value_store.store import NotReady, Store
 from singlestream.streams.ledger import read_ledger
 
 V_HAT_EDGES = tuple(i / 20 for i in range(21))
@@ -93,7 +92,7 @@ async def get_ledger(store: StoreDep) -> Ledger:
     """Read from Redis at one moment."""
     counts = await read_ledger(store.redis, store.keys)
     purposes = {
-        purpose: LedgerOut(leased=c.leased, outstanding=c.outstanding, adds_up=c.adds_up, **c.ended)
+        purpose: PurposeLedger(leased=c.leased, outstanding=c.outstanding, adds_up=c.adds_up, **c.ended)
         for purpose, c in counts.items()
     }
     return Ledger(**purposes, duplicates=store.memory.duplicates, epoch=store.memory.epoch)
@@ -103,7 +102,7 @@ async def get_ledger(store: StoreDep) -> Ledger:
 async def get_policy(store: StoreDep) -> Policy:
     """The versions published last, oldest first."""
     memory = store.memory
-    versions = [VersionOut(**asdict(version)) for version in memory.versions]
+    versions = [Version(**asdict(version)) for version in memory.versions]
     return Policy(newest=versions[-1] if versions else None, z_now=memory.clock.now, versions=versions)
 
 
@@ -142,5 +141,5 @@ def make_stats(store: Store) -> Stats:
         sampling_entropy_max_nats=float(np.log(eligible)) if eligible else 0.0,
         brier=memory.calibration.brier,
         reliability=[ReliabilityBin.model_validate(one) for one in memory.calibration.table()],
-        replicas=[ReplicaOut(**asdict(replica), alive=replica.alive(now_s)) for replica in store.replicas],
+        replicas=[Replica(**asdict(replica), alive=replica.alive(now_s)) for replica in store.replicas],
     )

@@ -79,6 +79,7 @@ async def run(config: Config) -> None:
             ("follow_updates", loops.follow_updates(store)),
             ("follow_results", loops.follow_results(store)),
             ("follow_versions", loops.follow_versions(store)),
+            ("follow_trajectories", loops.follow_trajectories(store)),
             ("issue_leases", loops.issue_leases(store)),
         )
     ]
@@ -92,7 +93,7 @@ async def run(config: Config) -> None:
             task.result()  # a loop that has ended has failed: its error ends the process
     finally:
         server.should_exit = True
-        await _end(tasks)
+        await end(tasks)
         await asyncio.wait([http], timeout=2 * SHUTDOWN_S)
         for task in (*tasks, http):  # only the first error ends the process; the others follow from it
             if task.done() and not task.cancelled():
@@ -100,11 +101,11 @@ async def run(config: Config) -> None:
         await redis.aclose()
 
 
-async def _end(tasks: list[asyncio.Task[None]]) -> None:
+async def end(tasks: list[asyncio.Task[None]]) -> None:
     """Cancel the loops until each has ended, within `SHUTDOWN_S`.
 
-    Once is not enough: a cancellation that meets an expired time-out inside the Redis client (a process that was
-    stopped and goes on has many) comes out as a lost connection, and the loop waits for a Redis nobody reads.
+    Once is not enough: redis-py sends under `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that
+    comes as the sending ends (CPython issue 86296, mended in 3.12).
     """
     deadline = time.monotonic() + SHUTDOWN_S
     while (running := [task for task in tasks if not task.done()]) and time.monotonic() < deadline:

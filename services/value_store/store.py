@@ -18,6 +18,7 @@ from services.value_store.drift_clock import UnknownVersions
 from services.value_store.evidence import Batch, Entry
 from services.value_store.jobs import Job
 from services.value_store.memory import Memory, OpenLease, load_memory
+from services.value_store.pinning import Replica
 from services.value_store.posterior import Retention
 from services.value_store.prompts import Prior, Prompt, Refused, plan_upsert
 from services.value_store.recent import Recent
@@ -61,7 +62,7 @@ class Store:
             config.learner.d_half,
         )
         self.rng = np.random.default_rng()
-        self.replicas: list[issuing.Replica] = []
+        self.replicas: list[Replica] = []
         self.memory_full = False
         self.rebuilds = 0
         self.recent = Recent()
@@ -134,7 +135,8 @@ class Store:
         log.info("epoch %s: %d prompts read in %.2f s", self._memory.epoch, len(self._memory.table), seconds)
 
     @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[Memory]:
+    async def writing(self) -> AsyncIterator[Memory]:
+        """The one writer's turn, for what stands in this file and in `evaluations`. Raises `NotReady`."""
         async with self._lock:
             if self._trouble is not None:
                 raise NotReady(f"the value store waits for {self._trouble}")
@@ -151,20 +153,21 @@ class Store:
                 self.doubt(error)
                 raise
 
-    async def _commit(self, change: Change) -> None:
+    async def commit(self, change: Change) -> None:
+        """Write a change, within `writing`."""
         await self.streams.commit(change, self.config.value_store.history_entries)
 
     async def _take(
         self, stream: str, entries: Sequence[Entry], plan: Callable[[Sequence[Entry], Memory], Batch]
     ) -> None:
         while entries:
-            async with self._writing() as memory:
+            async with self.writing() as memory:
                 try:
                     batch = plan(entries, memory)
                 except UnknownVersions as unknown:
                     await self._learn_clock(memory, unknown.versions)
                     batch = plan(entries, memory)
-                await self._commit(batch.change)
+                await self.commit(batch.change)
                 batch.apply(memory)
                 self.recent.add(batch.rho, batch.rewards, batch.staleness)
             entries = entries[batch.entries :]
@@ -179,7 +182,8 @@ class Store:
 
         def plan(part: Sequence[Entry], memory: Memory) -> Batch:
             self._same(memory, epoch)
-            return evidence.plan_updates(part, stream, memory, self.retention, time.time(), total)
+            share = self.config.anchor_share
+            return evidence.plan_updates(part, stream, memory, self.retention, time.time(), total, share)
 
         await self._take(stream, entries, plan)
 
@@ -236,10 +240,10 @@ class Store:
         ids = [prompt.prompt_id for prompt in prompts]
         for start in range(0, len(ids), PROMPTS_PER_SCRIPT):
             part = slice(start, start + PROMPTS_PER_SCRIPT)
-            async with self._writing() as memory:
+            async with self.writing() as memory:
                 values = plan_upsert(memory.table, prompts[part], priors[part], time.time())
                 texts = {prompt.prompt_id: prompt.pack() for prompt in prompts[part]}
-                await self._commit(Change(prompts=texts, values=values))
+                await self.commit(Change(prompts=texts, values=values))
                 memory.table.put(list(values), list(values.values()))
         return ids
 
@@ -248,11 +252,11 @@ class Store:
 
         Raises `Refused` for prompts that are not known.
         """
-        async with self._writing() as memory:
+        async with self.writing() as memory:
             unknown = [prompt_id for prompt_id in job.prompt_ids if prompt_id not in memory.table]
             if unknown:
                 raise Refused(f"{len(unknown)} prompts are not known, first {unknown[0]!r}")
-            await self._commit(Change(jobs={job.job_id: job.pack()}))
+            await self.commit(Change(jobs={job.job_id: job.pack()}))
             memory.jobs[job.job_id] = job
 
     async def set_training(self, state: str) -> str:
@@ -261,14 +265,14 @@ class Store:
         Raises:
             Refused: training has been stopped or has finished, and the learner has been told so.
         """
-        async with self._writing() as memory:
+        async with self.writing() as memory:
             target = "stopping" if state == "stopped" else state
             if memory.state in ("stopping", "stopped", "finished"):
                 if state == "stopped" and memory.state != "finished":
                     return memory.state
                 raise Refused(f"training is {memory.state}; that cannot be taken back")
             if memory.state != target:
-                await self._commit(Change(state=target))
+                await self.commit(Change(state=target))
                 memory.state = target
         log.info("training is %s", target)
         return target
@@ -278,7 +282,7 @@ class Store:
 
         Cancel what no replica has taken; end the stream once every lease has ended in it.
         """
-        async with self._writing() as memory:
+        async with self.writing() as memory:
             if memory.state != "stopping":
                 return
             unread = [
@@ -307,25 +311,40 @@ class Store:
             return f"training to be set running (it is {memory.state})"
         if memory.newest is None:
             return "the learner's first policy version"
-        if (prompts := issuing.training_prompts(memory.table)) < run.train_batch_size:
-            return f"{run.train_batch_size} prompts of split train, one batch (there are {prompts})"
+        needed = run.train_batch_size // self.config.value_store.group_size
+        if (prompts := issuing.training_prompts(memory.table)) < needed:
+            return f"{needed} prompts of split train, one batch (there are {prompts})"
         if self.memory_full:
             return "memory in Redis: its share of maxmemory is used up"
         if (bound := memory.admission.binding) is not None:
             return f"leases to end: the {bound} bound admits no more"
         return None
 
-    async def issue(self, wanted: int) -> int:
-        """Lease up to ``wanted`` episodes, jobs and training sharing them; returns how many were issued."""
-        async with self._writing() as memory:
-            open_jobs = [job for job in memory.jobs.values() if job.finished_at_s is None]
-            items = [] if self.memory_full else issuing.pending_items(open_jobs, wanted)
+    def alive_replicas(self) -> list[Replica]:
+        """Replicas that have reported lately."""
+        now_s = time.time()
+        return [replica for replica in self.replicas if replica.alive(now_s)]
+
+    async def issue(self, wanted: int, pinned: int = 0) -> int:
+        """Lease episodes; returns how many were issued.
+
+        Args:
+            wanted: jobs and training share them.
+            pinned: more, for the pinned evaluation under way.
+        """
+        async with self.writing() as memory:
+            share, alive = self.config.rollout.evaluation_share, self.alive_replicas()
+            items, held = (
+                issuing.items_to_lease(memory, alive, share, wanted, pinned) if not self.memory_full else ([], [])
+            )
             may_train = 0 if self.training_blocked_by() else memory.admission.headroom
             for_jobs, for_training = issuing.split_demand(wanted, len(items), may_train)
-            issued = await self._issue_items(memory, items[:for_jobs])
+            issued = await self._issue_items(memory, items[:for_jobs] + held)
             if for_training > 0:
                 weight = issuing.training_weights(memory, self.config.value_store, self.retention, self.rng)
-                rows = sampler.draw(weight, for_training, self.rng)
+                size = self.config.value_store.group_size
+                groups = min(-(-for_training // size), memory.admission.headroom // size)
+                rows = np.repeat(sampler.draw(weight, groups, self.rng), size)
                 sampling = Sampling(temperature=self.config.run.temperature, top_p=1.0, top_k=0)
                 drawn = [(memory.table.id(row), None, 0, sampling) for row in rows.tolist()]
                 issued += await self._issue_leases(memory, "train", drawn)
@@ -334,26 +353,28 @@ class Store:
     async def _issue_items(self, memory: Memory, items: list[tuple[Job, int]]) -> int:
         issued = 0
         for purpose in ("estimate", "evaluate"):
-            part = [
-                (job.prompt_of(item), job.job_id, item, job.sampling) for job, item in items if job.purpose == purpose
-            ]
+            part = [(job.prompt_of(item), job, item, job.sampling) for job, item in items if job.purpose == purpose]
             issued += await self._issue_leases(memory, purpose, part)
         return issued
 
     async def _issue_leases(
-        self, memory: Memory, purpose: Purpose, drawn: Sequence[tuple[str, str | None, int, Sampling]]
+        self, memory: Memory, purpose: Purpose, drawn: Sequence[tuple[str, Job | None, int, Sampling]]
     ) -> int:
         if not drawn:
             return 0
         prompts = await self.fetch_prompts([prompt_id for prompt_id, *_ in drawn])
         now_s, newest = time.time(), memory.newest
-        version, lineage = (newest.version, newest.lineage) if newest else (0, 0)
+        mean = self.recent.mean_reward(self.config.run.train_batch_size)
+        shrinkage = self.config.value_store.shrinkage
+        published = (newest.version, newest.lineage) if newest else (0, 0)
         leases: list[tuple[Lease, OpenLease]] = []
         for (prompt_id, job, item, sampling), prompt in zip(drawn, prompts, strict=True):
             row = memory.table.row(prompt_id)
             if prompt is None or row is None:
                 raise UnknownOutcome(f"prompt {prompt_id} has a value but no text in Redis")
-            v_hat = float(posterior.v_hat(memory.table.alpha[row], memory.table.beta[row]))
+            v_hat = float(posterior.shrunk(memory.table.alpha[row], memory.table.beta[row], mean, shrinkage))
+            version, lineage = (job.policy if job else None) or published
+            job_id = job.job_id if job else None
             lease = Lease(
                 lease_id=lease_id(purpose, memory.epoch, memory.issued[purpose] + len(leases) + 1),
                 prompt_id=prompt_id,
@@ -364,11 +385,13 @@ class Store:
                 version=version,
                 lineage=lineage,
                 sampling=sampling,
-                job=job,
+                job=job_id,
+                pinned=job.pinned if job else False,
                 issued_at_s=now_s,
             )
-            leases.append((lease, OpenLease(prompt_id, v_hat, version, now_s, job, item)))
-        await self.streams.issue(purpose, [(lease, record.pack()) for lease, record in leases])
+            leases.append((lease, OpenLease(prompt_id, v_hat, version, now_s, job_id, item)))
+        together = self.config.value_store.group_size if purpose == "train" else 1
+        await self.streams.issue(purpose, [(lease, record.pack()) for lease, record in leases], together)
         memory.issued[purpose] += len(leases)
         for lease, record in leases:
             memory.add(lease.lease_id, record)

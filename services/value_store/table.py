@@ -33,7 +33,11 @@ RECORD = np.dtype(
 ``z_last`` is NaN and ``version`` −1 before the first evidence.
 """
 
-_COLUMNS = (*((name, RECORD[name]) for name in RECORD.names or ()), ("source", np.dtype("u2")), ("in_flight", np.bool_))
+_COLUMNS = (
+    *((name, RECORD[name]) for name in RECORD.names or ()),
+    ("source", np.dtype("u2")),
+    ("in_flight", np.dtype("u2")),
+)
 
 
 class Table:
@@ -47,7 +51,7 @@ class Table:
         updated_at_s: Unix time of the last change.
         split: number in `SPLITS`.
         source: number in `sources`.
-        in_flight: whether a training lease of the prompt is outstanding.
+        in_flight: outstanding training leases of the prompt: one group's at most.
         id_number: the prompt id as an unsigned integer.
     """
 
@@ -59,7 +63,7 @@ class Table:
     version: NDArray[np.int32]
     split: NDArray[np.uint8]
     source: NDArray[np.uint16]
-    in_flight: NDArray[np.bool_]
+    in_flight: NDArray[np.uint16]
     id_number: NDArray[np.uint64]
 
     def __init__(self) -> None:

@@ -16,8 +16,8 @@ from services.value_store import issuing, posterior
 from services.value_store.memory import Memory
 from services.value_store.posterior import Retention
 from services.value_store.prompts import Prompt
-from services.value_store.schemas import Bin, PromptOut, ValueOut
 from services.value_store.table import SPLITS, Split
+from singlestream.clients.value_store_replies import Bin, PromptValue, Value
 from singlestream.config import ValueStoreConfig
 
 Order = Literal["id", "value", "weight", "visits", "n_eff", "updated"]
@@ -44,7 +44,7 @@ def faded_n_eff(memory: Memory, retention: Retention) -> NDArray[np.float64]:
     return (memory.table.alpha + memory.table.beta) * issuing.fade_of(memory, retention)
 
 
-def value_outs(memory: Memory, retention: Retention, rows: Sequence[int]) -> list[ValueOut]:
+def value_outs(memory: Memory, retention: Retention, rows: Sequence[int]) -> list[Value]:
     """Posteriors of rows. Built without validation: the table holds what the model asks for."""
     index, table = np.array(rows, np.int64), memory.table
     alpha, beta = table.alpha[index], table.beta[index]
@@ -59,12 +59,12 @@ def value_outs(memory: Memory, retention: Retention, rows: Sequence[int]) -> lis
         table.visits[index],
         table.version[index],
         table.updated_at_s[index],
-        table.in_flight[index],
+        table.in_flight[index] > 0,
         table.source[index],
         table.split[index],
     )
     return [
-        ValueOut.model_construct(
+        Value.model_construct(
             prompt_id=table.id(row),
             alpha=alpha_,
             beta=beta_,
@@ -84,11 +84,11 @@ def value_outs(memory: Memory, retention: Retention, rows: Sequence[int]) -> lis
     ]
 
 
-def prompt_out(value: ValueOut, prompt: Prompt) -> PromptOut:
+def prompt_out(value: Value, prompt: Prompt) -> PromptValue:
     """A value with its prompt's text."""
     text = {"question": prompt.question, "answer": prompt.answer, "environment": prompt.environment}
     fields: dict[str, Any] = {**value.__dict__, **text}
-    return PromptOut.model_construct(**fields)
+    return PromptValue.model_construct(**fields)
 
 
 def matching(memory: Memory, retention: Retention, filters: Filters) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from singlestream.cli import values
+from singlestream.cli import jobs, values
 from singlestream.cli.scale import scale
 from singlestream.errors import SinglestreamError
 
@@ -24,11 +24,13 @@ app = typer.Typer(
 
 app.add_typer(values.app, name="values")
 app.command()(values.ledger)
+app.add_typer(jobs.app, name="jobs")
+app.command()(jobs.estimate)
+app.command(name="eval")(jobs.evaluate)
 app.command()(scale)
 
 sandbox = typer.Typer(help="The sandbox that runs model-written Python.", no_args_is_help=True)
 app.add_typer(sandbox, name="sandbox")
-app.command()(scale)
 
 ConfigOption = values.ConfigOption
 
@@ -111,11 +113,29 @@ def export(config: ConfigOption, out: Annotated[Path, typer.Argument(help="Folde
 
 
 @app.command()
+def replay(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/demo.")],
+    json: Annotated[Path | None, typer.Option(help="Write everything to this file too.")] = None,
+    prior_observations: Annotated[
+        float | None, typer.Option(help="Weight of the priors: 8 as estimated, which is assumed; 1 without estimation.")
+    ] = None,
+) -> None:
+    """Replay every retention mode and shrinkage of v-hat on the evidence of finished runs, offline."""
+    options = [] if json is None else ["--json", str(json)]
+    options += [] if prior_observations is None else ["--prior-observations", str(prior_observations)]
+    _hand_over_to("services.value_store.replay", *map(str, runs), *options)
+
+
+@app.command()
 def plan(
     parameters: Annotated[float, typer.Option(help="Parameters of the model, for example 8.2e9.")],
     gpus: Annotated[int, typer.Option(min=2, help="GPUs in all.")],
     mean_response_tokens: Annotated[float, typer.Option(help="Sampled tokens of a trajectory, on average.")],
+    train_batch_size: Annotated[int, typer.Option(help="Trajectories of one optimizer step.")] = 256,
+    micro_batch_tokens: Annotated[int, typer.Option(help="learner.micro_batch_tokens.")] = 16_384,
     gpu_memory_gib: Annotated[float, typer.Option(help="Memory of one GPU.")] = 80.0,
+    rollout_tokens_per_s: Annotated[float | None, typer.Option(help="Measured, sampled by one GPU.")] = None,
+    learner_tokens_per_s: Annotated[float | None, typer.Option(help="Measured, trained by one GPU.")] = None,
     network_gbit_per_s: Annotated[float | None, typer.Option(help="Between machines, where there are several.")] = None,
 ) -> None:
     """Propose a split of GPUs between rollouts and learner, with the expected idle shares and what they assume."""
@@ -127,7 +147,11 @@ def plan(
             parameters,
             gpus,
             mean_response_tokens,
-            gpu_memory_gib=gpu_memory_gib,
+            train_batch_size,
+            micro_batch_tokens,
+            gpu_memory_gib,
+            rollout_tokens_per_s,
+            learner_tokens_per_s,
             network_gbit_per_s=network_gbit_per_s,
         )
     except SinglestreamError as error:

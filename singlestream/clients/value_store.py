@@ -18,24 +18,10 @@ from pydantic import TypeAdapter
 
 from singlestream.clients.value_store_messages import (
     JOBS,
-    History,
-    HistoryEntry,
-    Ids,
     Imported,
-    Job,
     JobResult,
-    Ledger,
     NewPrompt,
-    Page,
-    Policy,
-    Preview,
-    PromptValue,
     Request,
-    Split,
-    Stats,
-    Training,
-    Value,
-    Values,
     check_reply,
     export_request,
     format_of,
@@ -47,6 +33,24 @@ from singlestream.clients.value_store_messages import (
     token_header,
     upsert_requests,
     value_requests,
+)
+from singlestream.clients.value_store_replies import (
+    History,
+    HistoryEntry,
+    Ids,
+    Job,
+    Ledger,
+    Page,
+    Policy,
+    Preview,
+    PromptValue,
+    ShownTrajectory,
+    Split,
+    Stats,
+    Training,
+    Trajectories,
+    Value,
+    Values,
 )
 from singlestream.contracts import Sampling
 
@@ -61,6 +65,7 @@ __all__ = [
     "Page",
     "Policy",
     "PromptValue",
+    "ShownTrajectory",
     "Split",
     "Stats",
     "Training",
@@ -137,6 +142,11 @@ class ValueStore:
         """Updates of one prompt, newest first."""
         return self._send(Request("GET", f"/v1/prompts/{prompt_id}/history", params={"limit": limit}), History).entries
 
+    def trajectories(self, prompt_id: str, limit: int = 4) -> Sequence[ShownTrajectory]:
+        """The prompt's last trajectories that the store still holds, newest first."""
+        request = Request("GET", f"/v1/prompts/{prompt_id}/trajectories", params={"limit": limit})
+        return self._send(request, Trajectories).trajectories
+
     def values(
         self, ids: Sequence[str] | None = None, texts: Sequence[str] | None = None, source: str | None = None
     ) -> Sequence[Value | None]:
@@ -175,12 +185,14 @@ class ValueStore:
         n: int = 1,
         limit: int | None = None,
         sampling: Sampling | None = None,
+        pinned: bool = False,
+        resume: bool = False,
     ) -> Job:
         """Collect ``n`` rewards for each prompt of a split, or of a list.
 
-        Not to be repeated blindly: each call makes a job.
+        Each call makes a job, unless ``resume`` asks for the newest one that wants the same and has not failed.
         """
-        return self._send(job_request(purpose, split, prompt_ids, n, limit, sampling), Job)
+        return self._send(job_request(purpose, split, prompt_ids, n, limit, sampling, pinned, resume), Job)
 
     def jobs(self) -> Sequence[Job]:
         """All jobs, newest first."""
@@ -189,6 +201,10 @@ class ValueStore:
     def job(self, job_id: str) -> Job:
         """One job."""
         return self._send(Request("GET", f"/v1/jobs/{job_id}"), Job)
+
+    def cancel_job(self, job_id: str) -> Job:
+        """End a job early; its results so far stay."""
+        return self._send(Request("POST", f"/v1/jobs/{job_id}/cancel"), Job)
 
     def job_results(self, job_id: str) -> Iterator[JobResult]:
         """Results of a job, streamed."""
@@ -307,6 +323,11 @@ class AsyncValueStore:
         request = Request("GET", f"/v1/prompts/{prompt_id}/history", params={"limit": limit})
         return (await self._send(request, History)).entries
 
+    async def trajectories(self, prompt_id: str, limit: int = 4) -> Sequence[ShownTrajectory]:
+        """The prompt's last trajectories that the store still holds, newest first."""
+        request = Request("GET", f"/v1/prompts/{prompt_id}/trajectories", params={"limit": limit})
+        return (await self._send(request, Trajectories)).trajectories
+
     async def values(
         self, ids: Sequence[str] | None = None, texts: Sequence[str] | None = None, source: str | None = None
     ) -> Sequence[Value | None]:
@@ -345,9 +366,11 @@ class AsyncValueStore:
         n: int = 1,
         limit: int | None = None,
         sampling: Sampling | None = None,
+        pinned: bool = False,
+        resume: bool = False,
     ) -> Job:
-        """Collect ``n`` rewards for each prompt of a split, or of a list. Each call makes a job."""
-        return await self._send(job_request(purpose, split, prompt_ids, n, limit, sampling), Job)
+        """Collect ``n`` rewards for each prompt of a split, or of a list; see `ValueStore.create_job`."""
+        return await self._send(job_request(purpose, split, prompt_ids, n, limit, sampling, pinned, resume), Job)
 
     async def jobs(self) -> Sequence[Job]:
         """All jobs, newest first."""
@@ -356,6 +379,10 @@ class AsyncValueStore:
     async def job(self, job_id: str) -> Job:
         """One job."""
         return await self._send(Request("GET", f"/v1/jobs/{job_id}"), Job)
+
+    async def cancel_job(self, job_id: str) -> Job:
+        """End a job early; its results so far stay."""
+        return await self._send(Request("POST", f"/v1/jobs/{job_id}/cancel"), Job)
 
     async def job_results(self, job_id: str) -> AsyncIterator[JobResult]:
         """Results of a job, streamed."""

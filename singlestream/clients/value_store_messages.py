@@ -9,23 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from singlestream.clients.value_store_replies import Job, Reply, Split
 from singlestream.contracts import Sampling
 from singlestream.errors import ServiceError
 
-Split = Literal["train", "eval"]
 Order = Literal["id", "value", "weight", "visits", "n_eff", "updated"]
-TrainingState = Literal["running", "paused", "stopping", "stopped", "finished"]
 
 PROMPTS_PER_REQUEST = 2000
 """Longer lists are sent in parts; the store's bound is its setting ``max_prompts_per_request``."""
-
-
-class Reply(BaseModel):
-    """Base of replies: immutable; fields of a newer store are passed over."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class NewPrompt(BaseModel):
@@ -50,79 +43,6 @@ class NewPrompt(BaseModel):
     prior_rewards: list[float] | None = None
 
 
-class Value(Reply):
-    """A prompt's posterior: v̂ = α/(α+β) in (0, 1), n_eff in observations, 95 % interval, times in Unix seconds."""
-
-    prompt_id: str
-    alpha: float
-    beta: float
-    v_hat: float
-    n_eff: float
-    visits: int
-    interval: tuple[float, float]
-    version: int | None
-    updated_at_s: float
-    in_flight: bool
-    source: str
-    split: Split
-
-
-class PromptValue(Value):
-    """A prompt and its posterior."""
-
-    question: str
-    answer: str
-    environment: str
-
-
-class HistoryEntry(Reply):
-    """One update of a posterior; n_eff and ``v_hat_after`` after it, ``v_hat_at_lease`` as frozen at the lease."""
-
-    lease_id: str
-    outcome: Literal["trained", "stale"]
-    version: int
-    reward: float
-    rho: float
-    v_hat_before: float
-    v_hat_after: float
-    n_eff: float
-    z: float
-    v_hat_at_lease: float
-    at_s: float
-
-
-class Training(Reply):
-    """What training does; ``waiting_for`` is None while leases are issued."""
-
-    state: TrainingState
-    waiting_for: str | None
-    trained: int
-    total: int
-    outstanding: int
-    headroom: int
-
-
-class Job(Reply):
-    """A job and its totals; means are None before the first reward."""
-
-    job_id: str
-    purpose: Literal["estimate", "evaluate"]
-    state: Literal["running", "finished"]
-    n: int
-    prompts: int
-    total: int
-    done: int
-    failed: int
-    outstanding: int
-    reward_mean: float | None
-    tool_calls_mean: float | None
-    response_tokens_mean: float | None
-    versions: dict[int, int]
-    sampling: Sampling
-    created_at_s: float
-    finished_at_s: float | None
-
-
 class JobResult(Reply):
     """One result of a job; ``reward`` is None where it failed for good."""
 
@@ -135,103 +55,9 @@ class JobResult(Reply):
     tool_calls: int
     action_tokens: int
     response_tokens: int
+    answer: str | None = None
     end_reason: str
     failures: int
-
-
-class PurposeLedger(Reply):
-    """Leases of one purpose."""
-
-    leased: int
-    outstanding: int
-    trained: int
-    stale: int
-    failed: int
-    scored: int
-    cancelled: int
-    adds_up: bool
-
-
-class Ledger(Reply):
-    """All leases at one moment."""
-
-    train: PurposeLedger
-    estimate: PurposeLedger
-    evaluate: PurposeLedger
-    duplicates: int
-    epoch: str
-
-
-class Version(Reply):
-    """A published policy version and its place on the drift clock."""
-
-    version: int
-    lineage: int
-    z: float
-    drift: float
-    published_at_s: float
-
-
-class Policy(Reply):
-    """Policy versions, oldest first."""
-
-    newest: Version | None
-    z_now: float
-    versions: list[Version]
-
-
-class Bin(Reply):
-    """One bar of a histogram."""
-
-    low: float
-    high: float
-    count: int
-
-
-class ReliabilityBin(Reply):
-    """Leases whose frozen v̂ lies in one tenth, and their rewards."""
-
-    v_hat_low: float
-    v_hat_high: float
-    count: int
-    v_hat_mean: float
-    reward_mean: float
-
-
-class Replica(Reply):
-    """A rollout replica's last report."""
-
-    name: str
-    slots: int
-    in_use: int
-    version: int | None
-    lineage: int | None
-    at_s: float
-    alive: bool
-
-
-class Stats(Reply):
-    """The table at a glance."""
-
-    prompts: int
-    prompts_train: int
-    visited: int
-    visits: int
-    v_hat_mean: float | None
-    v_hat_histogram: list[Bin]
-    n_eff_histogram: list[Bin]
-    sampling_entropy_nats: float
-    sampling_entropy_max_nats: float
-    brier: float | None
-    reliability: list[ReliabilityBin]
-    replicas: list[Replica] = Field(default_factory=list)
-
-
-class Page(Reply):
-    """One page of prompts; ``cursor`` gets the next one, None on the last."""
-
-    prompts: list[PromptValue]
-    cursor: str | None
 
 
 @dataclass(frozen=True)
@@ -322,6 +148,8 @@ def job_request(
     n: int,
     limit: int | None,
     sampling: Sampling | None,
+    pinned: bool,
+    resume: bool,
 ) -> Request:
     """Request for a job."""
     body = {
@@ -331,32 +159,10 @@ def job_request(
         "n": n,
         "limit": limit,
         "sampling": sampling.model_dump() if sampling else None,
+        "pinned": pinned,
+        "resume": resume,
     }
     return Request("POST", "/v1/jobs", body)
-
-
-class Ids(Reply):
-    """Ids of an upsert, in its order."""
-
-    ids: list[str]
-
-
-class Values(Reply):
-    """Values of a look-up, in its order."""
-
-    values: list[Value | None]
-
-
-class Preview(Reply):
-    """A draw that leases nothing."""
-
-    prompts: list[Value]
-
-
-class History(Reply):
-    """Updates of one prompt, newest first."""
-
-    entries: list[HistoryEntry]
 
 
 JOBS = TypeAdapter(list[Job])

@@ -64,6 +64,9 @@ class Lease(Message):
     sampling: Sampling
     job: str | None = None
     """Estimation or evaluation job; None for training."""
+    pinned: bool = False
+    """Whether exactly (version, lineage) must sample every token: only a replica that holds it for the job may start
+    this."""
     attempts: int = Field(default=0, ge=0)
     """Replicas that took it before."""
     progress: Progress | None = None

@@ -29,6 +29,16 @@ def lease_id(purpose: str, epoch: str, n: int) -> str:
     return f"{purpose}:{epoch}:{n}"
 
 
+def group_of(lease_id: str, size: int) -> str:
+    """Group of a training lease where ``size`` leases of one prompt are issued at once.
+
+    A group's numbers follow each other: 1 … size, size + 1 … 2 · size, and so on within an epoch. So whatever names
+    its lease names its group, a tombstone or a damaged trajectory too. With ``size`` 1 each lease is its own group.
+    """
+    _, epoch, n = parse_lease_id(lease_id)
+    return f"{epoch}:{(n - 1) // size + 1}"
+
+
 def parse_lease_id(text: str) -> tuple[str, str, int]:
     """Return ``(purpose, epoch, n)`` of a valid `LeaseId`."""
     purpose, epoch, n = text.split(":")

@@ -23,6 +23,29 @@ class TensorEntry(Message):
     """zlib.crc32 of the tensor's bytes."""
 
 
+class WeightDelta(Message):
+    """A file that turns one version's weights into the next one's (`singlestream.weight_delta` has the format)."""
+
+    base_version: int = Field(ge=0)
+    """Version, and lineage, to which it applies."""
+    base_lineage: int = Field(ge=1)
+    version: int = Field(ge=0)
+    """Version, and lineage, that it makes."""
+    lineage: int = Field(ge=1)
+    nbytes: int = Field(gt=0)
+    crc32: int = Field(ge=0, lt=2**32)
+    """zlib.crc32 of the whole file."""
+
+
+class RemoteWeights(Message):
+    """Where replicas on other machines fetch a version."""
+
+    url: str = Field(pattern=r"^https?://[^\s/]+$")
+    """Of the learner's HTTP: ``GET <url>/weights/<name>`` (`singlestream.weight_files` has the names)."""
+    deltas: list[WeightDelta] = Field(default_factory=list)
+    """A chain that ends at this version, oldest first; empty where only the whole file will do."""
+
+
 class WeightManifest(Message):
     """Names every byte of one version's weight file."""
 
@@ -30,6 +53,8 @@ class WeightManifest(Message):
     """File on the shared memory volume; never overwritten, removed when two newer ones exist."""
     total_bytes: int = Field(ge=0)
     tensors: list[TensorEntry] = Field(min_length=1)
+    remote: RemoteWeights | None = Field(default=None, exclude_if=lambda remote: remote is None)
+    """None: the file can be had through the shared memory volume alone. Left out of the message then."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

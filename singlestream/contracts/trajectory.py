@@ -16,6 +16,9 @@ EndReason = Literal["stop", "length", "max_turns", "deadline"]
 FailReason = Literal["tool_unavailable", "attempts", "grader_error", "malformed", "cancelled"]
 """Why a lease ended without a trajectory."""
 
+MAX_ANSWER_CHARS = 200
+"""A longer answer votes with its beginning."""
+
 
 class Segment(Message):
     """A run of tokens with one origin. The loss mask and the policy versions are read from segments alone (I6, I7).
@@ -87,6 +90,8 @@ class Trajectory(Message):
     reward: Reward
     v_hat: float = Field(gt=0.0, lt=1.0)
     """The baseline frozen when the lease was issued (I5); in (0, 1)."""
+    answer: str | None = Field(default=None, max_length=MAX_ANSWER_CHARS)
+    """What the model boxed last, for the votes of maj@k, cut to its bound; None without a box, and for training."""
     end_reason: EndReason
     turns: int = Field(ge=1)
     """Model turns."""
@@ -108,6 +113,11 @@ class Trajectory(Message):
     def action_tokens(self) -> int:
         """Number of generated tokens, masks not applied."""
         return sum(len(s.token_ids) for s in self.segments if s.kind == "generated")
+
+    @property
+    def first_version(self) -> int:
+        """Policy version of the first generated segment."""
+        return next(s.version for s in self.segments if s.version is not None)
 
     @property
     def last_version(self) -> int:

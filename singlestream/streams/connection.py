@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -10,9 +11,11 @@ from typing import TypeVar
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
 
 from singlestream.errors import DeadlineExceeded
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -65,3 +68,19 @@ async def persist(
 async def wait_for_redis(redis: Redis, deadline_s: float) -> None:
     """Wait until the server answers and has loaded its file. Raises `DeadlineExceeded`."""
     await persist(lambda: redis.ping(), "its first answer", deadline_s)
+
+
+async def renew_file(redis: Redis) -> None:
+    """Have Redis write its append-only file anew, once in the life of its process.
+
+    A crash may end the file inside a transaction. Redis (all of 7) and Valkey before its pull request 4342 then cut
+    the file behind the last whole command and append to the open MULTI, so the *next* restart would apply that part of
+    a transaction. A file written from memory has no such tail. Without the right to ask for it: a warning.
+    """
+    about = await redis.info("persistence")
+    if not about.get("aof_enabled") or about.get("aof_rewrites") or about.get("aof_rewrite_in_progress"):
+        return
+    try:
+        await redis.execute_command("BGREWRITEAOF")
+    except ResponseError as error:
+        log.warning("Redis did not write its append-only file anew (%s); run redis-check-aof before it starts", error)

@@ -75,8 +75,24 @@ class Keys:
 
     @property
     def replicas(self) -> str:
-        """Hash: replica → JSON {slots, in_use, version, lineage, at_s}: the replicas' demand, and who is alive."""
+        """Hash: replica → JSON {node, slots, in_use, version, lineage, pinned, at_s}: their demand, and who is alive.
+
+        ``pinned`` is the evaluation for which a replica holds its weights, or null.
+        """
         return self._key("replicas")
+
+    @property
+    def draining(self) -> str:
+        """Hash: node → Unix time at which it was told to end; its replicas hand over. Gone when the node is."""
+        return self._key("draining")
+
+    @property
+    def pin(self) -> str:
+        """String: the pinned evaluation under way (`singlestream.streams.pins.Pin`), or empty.
+
+        Written by the value store.
+        """
+        return self._key("pin")
 
     @property
     def rollout_cap(self) -> str:
@@ -146,6 +162,26 @@ class Keys:
     def calibration(self) -> str:
         """String: packed sums behind the Brier score and the reliability table. Written by the value store."""
         return self._key("calibration")
+
+    @property
+    def anchors(self) -> str:
+        """Hash: lease → packed previous response (`singlestream.streams.anchors`). Written by the learner."""
+        return self._key("anchors")
+
+    @property
+    def anchor_of(self) -> str:
+        """Hash: prompt id → lease of its anchor. Written by the value store."""
+        return self._key("anchor_of")
+
+    @property
+    def anchor_ages(self) -> str:
+        """Sorted set: leases with an anchor, by the order in which they were written."""
+        return self._key("anchor_ages")
+
+    @property
+    def anchor_counts(self) -> str:
+        """Hash: ``bytes`` that all anchors take, ``written`` and ``evicted``: how many were."""
+        return self._key("anchor_counts")
 
     @property
     def state(self) -> str:

@@ -98,17 +98,16 @@ class LeaseConsumer:
     async def take(self, purposes: Sequence[Purpose], count: int, block_ms: int) -> list[Held]:
         """Take up to ``count`` new leases, those of the first purpose first; waits at most ``block_ms`` for one.
 
+        A waiting read may bring one of every purpose at once, so with a lower ``count`` it is not waited.
         Damaged leases go to the dead letters.
         """
         held: list[Held] = []
         for purpose in purposes:
             if len(held) < count:
                 held += await self._read([purpose], count - len(held), block_ms=None)
-        if not held:
+        if not held and count >= len(purposes):
             held = await self._read(purposes, 1, block_ms)
-            for surplus in held[count:]:  # one of each purpose may have come at once
-                await self.hand_over(surplus, surplus.lease.progress, count_attempt=False)
-        return held[:count]
+        return held
 
     async def _read(self, purposes: Sequence[Purpose], count: int, block_ms: int | None) -> list[Held]:
         streams = {self.keys.leases(purpose): ">" for purpose in purposes}

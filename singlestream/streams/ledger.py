@@ -15,6 +15,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import msgpack
@@ -23,6 +24,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from singlestream.contracts import EndOfRun, Lease, Outcome, Purpose, Tombstone, encode
 from singlestream.errors import Fenced, UnknownOutcome
+from singlestream.streams.anchors import COMMIT_ANCHORS
 from singlestream.streams.connection import LOST
 from singlestream.streams.keys import GROUP, Keys
 
@@ -53,9 +55,11 @@ redis.call('HINCRBY', KEYS[5], ARGV[2], (#ARGV - 2) / 3)
 return 1
 """
 
-COMMIT = """
--- KEYS: fence, cursors, ledger, dead_letters   ARGV: token, msgpack of the change   returns 1, or what differs from
--- the store's memory
+COMMIT = (
+    COMMIT_ANCHORS
+    + """
+-- KEYS: fence, cursors, ledger, dead_letters, anchor_of, anchors, anchor_ages, anchor_counts
+-- ARGV: token, msgpack of the change   returns 1, or what differs from the store's memory
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
 local change = cmsgpack.unpack(ARGV[2])
 local function chunks(list, call)  -- Lua's stack bounds the arguments of one command
@@ -85,6 +89,7 @@ for i = 1, #change.history, 2 do
 end
 for name, count in pairs(change.counts) do redis.call('HINCRBY', KEYS[3], name, count) end
 for key, text in pairs(change.strings) do redis.call('SET', key, text) end
+commit_anchors(change.anchors, KEYS[5], KEYS[6], KEYS[7], KEYS[8])
 for _, letter in ipairs(change.dead_letters) do
   redis.call('XADD', KEYS[4], '*', 'source', letter[1], 'id', letter[2], 'reason', letter[3], 'm', letter[4])
 end
@@ -94,6 +99,7 @@ if change.stream then
 end
 return 1
 """
+)
 
 CANCEL = """
 -- KEYS: fence, leases, live, outstanding, target, ledger   ARGV: token, group, ledger field, (lease, entry,
@@ -200,6 +206,8 @@ class Change:
         duplicates: entries that named no outstanding lease.
         state: what training does from now on; None leaves it.
         calibration: packed sums; None leaves them.
+        anchors: (prompt id, lease) of leases that close with evidence, where responses of the prompt are kept.
+        pin: the pinned evaluation under way as text, empty for none; None leaves it.
     """
 
     stream: str | None = None
@@ -215,6 +223,15 @@ class Change:
     duplicates: int = 0
     state: str | None = None
     calibration: bytes | None = None
+    anchors: list[tuple[str, str]] = field(default_factory=list)
+    pin: str | None = None
+
+
+def _lease_and_message(fields: Sequence[bytes]) -> tuple[bytes, bytes]:
+    if len(fields) == 4 and fields[0] == b"id" and fields[2] == b"m":
+        return fields[1], fields[3]
+    known = dict(zip(fields[::2], fields[1::2], strict=True))
+    return known.get(b"id", b""), known.get(b"m", b"")
 
 
 class ValueStoreStreams:
@@ -272,16 +289,20 @@ class ValueStoreStreams:
             raise self._fenced()
         return reply
 
-    async def issue(self, purpose: Purpose, leases: Sequence[tuple[Lease, bytes]]) -> None:
-        """Append leases to their stream and to the ledger; each comes with its record of what is outstanding."""
+    async def issue(self, purpose: Purpose, leases: Sequence[tuple[Lease, bytes]], together: int = 1) -> None:
+        """Append leases to their stream and to the ledger; each comes with its record of what is outstanding.
+
+        So many as ``together`` says, one after another, are issued all or none.
+        """
         keys = [
             self.keys.leases(purpose),
             self.keys.live,
             self.keys.outstanding(purpose),
             self.keys.ledger,
         ]
-        for start in range(0, len(leases), LEASES_PER_SCRIPT):
-            part = leases[start : start + LEASES_PER_SCRIPT]
+        most = max(LEASES_PER_SCRIPT // together, 1) * together
+        for start in range(0, len(leases), most):
+            part = leases[start : start + most]
             fields = [text for lease, record in part for text in (lease.lease_id, encode(lease), record)]
             await self._write(ISSUE, keys, [f"{purpose}:leased", *fields])
 
@@ -292,13 +313,18 @@ class ValueStoreStreams:
         """
         closes: dict[str, list[str]] = defaultdict(list)
         counts: dict[str, int] = defaultdict(int)
+        outstanding = {purpose: self.keys.outstanding(purpose) for purpose in PURPOSES}
         for lease, outcome in change.closes:
-            purpose: Purpose = lease.split(":", 1)[0]  # type: ignore[assignment]
-            closes[self.keys.outstanding(purpose)].append(lease)
+            purpose = lease[: lease.index(":")]
+            closes[outstanding[purpose]].append(lease)  # type: ignore[index]
             counts[f"{purpose}:{outcome}"] += 1
         if change.duplicates:
             counts["duplicates"] = change.duplicates
-        strings = {self.keys.state: change.state, self.keys.calibration: change.calibration}
+        strings = {
+            self.keys.state: change.state,
+            self.keys.calibration: change.calibration,
+            self.keys.pin: change.pin,
+        }
         hashes = {
             self.keys.values: change.values,
             self.keys.prompts: change.prompts,
@@ -311,15 +337,19 @@ class ValueStoreStreams:
             "before": change.before,
             "after": change.after,
             "closes": closes,
-            "hashes": {key: [x for pair in items.items() for x in pair] for key, items in hashes.items() if items},
+            "hashes": {key: [*chain.from_iterable(items.items())] for key, items in hashes.items() if items},
             "history": [x for prompt, record in change.history for x in (histories + prompt, record)],
             "history_entries": history_entries,
             "counts": counts,
             "strings": {key: text for key, text in strings.items() if text is not None},
             "dead_letters": change.dead_letters,
+            "anchors": [name for pair in change.anchors for name in pair],
         }
         packed = msgpack.packb(wire, use_bin_type=False)  # Lua's strings are bytes
-        reply = await self._write(COMMIT, [self.keys.cursors, self.keys.ledger, self.keys.dead_letters], [packed])
+        anchors = [self.keys.anchor_of, self.keys.anchors, self.keys.anchor_ages, self.keys.anchor_counts]
+        reply = await self._write(
+            COMMIT, [self.keys.cursors, self.keys.ledger, self.keys.dead_letters, *anchors], [packed]
+        )
         if reply != 1:
             raise UnknownOutcome(f"{reply.decode()} in Redis differs from this store's memory")
 
@@ -369,9 +399,13 @@ class ValueStoreStreams:
 
         Waits ``block_ms`` for the first one; None returns at once.
         """
-        reply = await self.redis.xread({stream: after}, count=count, block=block_ms)
-        entries = reply[0][1] if reply else []
-        return [(entry.decode(), fields.get(b"id", b""), fields.get(b"m", b"")) for entry, fields in entries]
+        block = [] if block_ms is None else ["BLOCK", block_ms]
+        # As bytes, the command's name has no parser in redis-py, whose dictionaries cost more than the reply itself.
+        reply = await self.redis.execute_command(b"XREAD", "COUNT", count, *block, "STREAMS", stream, after)
+        if not reply:
+            return []
+        [(_, entries)] = reply.items() if isinstance(reply, dict) else reply  # RESP 3 and 2
+        return [(entry.decode(), *_lease_and_message(fields)) for entry, fields in entries]
 
     async def scan(self, key: str) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """All fields of a hash in batches, without holding Redis up for long.

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from singlestream.contracts import PolicyVersion, PosteriorUpdate, decode_as, encode
 from singlestream.errors import Fenced
+from singlestream.streams.anchors import PUT_ANCHORS, read_anchors
 from singlestream.streams.keys import Keys
 
 TAKE_OVER = """
@@ -49,6 +50,9 @@ redis.call('XADD', KEYS[2], '*', 'id', ARGV[2], 'm', ARGV[3], 'reason', ARGV[4])
 return true
 """
 
+ANCHORS_PER_SCRIPT = 64
+"""A kept response of 16k tokens has about 130 KB."""
+
 HEARTBEAT = """
 -- KEYS: fence, learner   ARGV: token, json
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
@@ -79,6 +83,7 @@ class LearnerStreams:
                 ("resume_from", RESUME_FROM),
                 ("dead_letter", DEAD_LETTER),
                 ("heartbeat", HEARTBEAT),
+                ("put_anchors", PUT_ANCHORS),
             )
         }
 
@@ -118,6 +123,17 @@ class LearnerStreams:
             part = updates[start : start + MAX_ARGS]
             args = [field for update in part for field in (update.lease_id, encode(update))]
             await self._fenced("send", [self.keys.posterior_updates], args)
+
+    async def anchors(self, prompt_ids: Sequence[str]) -> list[bytes | None]:
+        """What is kept of each prompt's previous response; None where nothing is."""
+        return await read_anchors(self.redis, self.keys, prompt_ids)
+
+    async def put_anchors(self, anchors: Sequence[tuple[str, bytes]], most_bytes: int) -> None:
+        """Keep (lease, packed response) where the lease is outstanding; of all kept, the oldest beyond a bound go."""
+        keys = [self.keys.anchors, self.keys.anchor_ages, self.keys.anchor_counts, self.keys.outstanding("train")]
+        for start in range(0, len(anchors), ANCHORS_PER_SCRIPT):
+            part = [field for pair in anchors[start : start + ANCHORS_PER_SCRIPT] for field in pair]
+            await self._fenced("put_anchors", keys, [str(most_bytes), *part])
 
     async def dead_letter(self, number: str, message: bytes, reason: str) -> None:
         """Keep a message that could not be used."""

@@ -36,6 +36,7 @@ def trajectory(**changes: object) -> Trajectory:
         "segments": segments(),
         "reward": 1.0,
         "v_hat": 0.4,
+        "answer": "4277",
         "end_reason": "stop",
         "turns": 2,
         "tool_calls": [ToolCall(turn=0, status="ok", wall_s=0.5)],
@@ -63,7 +64,9 @@ def lease(**changes: object) -> Lease:
 
 
 EXAMPLES: dict[str, Message] = {
-    "lease": lease(attempts=1, progress=Progress(segments=segments()[:2], turns=0, tool_calls=[], started_at_s=1.5)),
+    "lease": lease(
+        pinned=True, attempts=1, progress=Progress(segments=segments()[:2], turns=0, tool_calls=[], started_at_s=1.5)
+    ),
     "trajectory": trajectory(),
     "tombstone": Tombstone(
         lease_id="train:5f3a9c01:18", prompt_id="a1b2", reason="attempts", detail="its holder went silent", attempts=3

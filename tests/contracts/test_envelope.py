@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from singlestream.contracts import EndOfRun, Lease, Segment, Trajectory, decode, decode_as, encode
+from singlestream.contracts import EndOfRun, Lease, Segment, Trajectory, decode, decode_all, decode_as, encode
 from singlestream.contracts.envelope import KINDS
 from singlestream.errors import InvalidMessage, UnknownMessage
 from tests.contracts.messages import EXAMPLES, trajectory
@@ -32,6 +32,14 @@ def test_golden_bytes(kind: str) -> None:
     golden = bytes.fromhex((GOLDEN / f"{kind}.hex").read_text())
     assert encode(EXAMPLES[kind]) == golden
     assert same(decode(golden), EXAMPLES[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "absent"), [("lease", {"pinned": False}), ("trajectory", {"answer": None})], ids=["lease", "trajectory"]
+)
+def test_bytes_from_before_a_field_was_added_are_read_with_its_default(kind: str, absent: dict[str, object]) -> None:
+    older = decode(bytes.fromhex((GOLDEN / "older" / f"{kind}.hex").read_text()))
+    assert same(older, EXAMPLES[kind].model_copy(update=absent))
 
 
 @given(
@@ -73,6 +81,21 @@ def test_a_reward_outside_the_unit_interval_is_refused(reward: float) -> None:
 def test_damage_is_named(data: bytes, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         decode(data)
+
+
+def test_many_are_decoded_as_each_of_them_is() -> None:
+    one, other = encode(EndOfRun(reason="a")), encode(EndOfRun(reason="b"))
+    assert decode_all([]) == []
+    assert decode_all([one, other, one]) == [decode(one), decode(other), decode(one)]
+    damaged = msgpack.packb({"v": 1, "kind": "end_of_run", "body": {}})
+    found = decode_all([one, b"rubbish", encode(trajectory()), damaged, other])
+    assert [type(message).__name__ for message in found] == [
+        "EndOfRun",
+        "InvalidMessage",
+        "Trajectory",
+        "InvalidMessage",
+        "EndOfRun",
+    ]
 
 
 def test_the_wrong_kind_is_refused() -> None:

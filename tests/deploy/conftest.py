@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,18 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def resolve(*files: str, env_file: str | None = None) -> dict[str, Any]:
-    """``docker-compose config`` of all profiles, without any setting of this shell."""
-    arguments = [tool("docker-compose"), "--project-directory", str(ROOT), "--profile", "*"]
-    arguments += ["--env-file", env_file or os.devnull]
+def env_file() -> dict[str, str]:
+    """The settings of `.env.example`."""
+    lines = (line for line in (ROOT / ".env.example").read_text().splitlines() if line and not line.startswith("#"))
+    return dict(line.split("=", 1) for line in lines)
+
+
+def resolve(*files: str, env_file: str = os.devnull, profile: str = "*", **settings: str) -> dict[str, Any]:
+    """``docker-compose config`` of all profiles, or of one, without any setting of this shell."""
+    arguments = [tool("docker-compose"), "--project-directory", str(ROOT), "--profile", profile, "--env-file", env_file]
     for file in files:
         arguments += ["-f", file]
-    plain = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    plain = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **settings}
     reply = subprocess.run(
         [*arguments, "config", "--format", "json"], cwd=ROOT, env=plain, capture_output=True, text=True
     )
@@ -38,9 +45,41 @@ def resolve(*files: str, env_file: str | None = None) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def cpu() -> dict[str, Any]:
+    """The main file alone."""
     return resolve("docker-compose.yml")
 
 
 @pytest.fixture(scope="session")
+def cpu_ray() -> dict[str, Any]:
+    """Without a GPU, under Ray, and watched."""
+    return resolve("docker-compose.yml", "deploy/compose.ray.yml", "deploy/compose.monitoring.yml")
+
+
+@pytest.fixture(scope="session")
 def gpu() -> dict[str, Any]:
-    return resolve("docker-compose.yml", "deploy/compose.gpu.yml", env_file=".env.example")
+    """As `.env.example` lays the files."""
+    return resolve(*env_file()["COMPOSE_FILE"].split(":"), env_file=".env.example")
+
+
+@pytest.fixture(scope="session")
+def nodes() -> dict[str, dict[str, Any]]:
+    """Several machines: what each part of them runs."""
+    files = [name for name in env_file()["COMPOSE_FILE"].split(":") if "monitoring" not in name]
+    return {
+        part: resolve(
+            *files,
+            "deploy/compose.nodes.yml",
+            env_file=".env.example",
+            profile=part,
+            HEAD_IP="10.0.0.1",
+            NODE_IP="10.0.0.2",
+        )
+        for part in ("head", "rollout", "learner")
+    }
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < 60, f"waited for {what}"
+        time.sleep(0.05)

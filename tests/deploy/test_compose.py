@@ -12,8 +12,12 @@ import pytest
 from singlestream.config import LOOPBACK, load_config
 from tests.deploy.conftest import DEPLOY, ROOT, tool
 
-ONE_SHOTS = {"init", "model", "prompts", "tools"}
-LONG_RUNNING = {"redis", "value_store", "sandbox_gateway", "rollout", "learner", "prometheus", "grafana"}
+TOOLS = {"tools", "estimate", "eval", "export"}
+ONE_SHOTS = {"init", "model", "prompts"} | TOOLS
+LONG_RUNNING = {"redis", "value_store", "sandbox_gateway", "rollout", "learner"}
+"""Services of the main file; overlays add Ray's head and monitoring."""
+MONITORING = {"prometheus", "grafana"}
+OVERLAYS = sorted(path.name for path in DEPLOY.glob("compose.*.yml"))
 
 
 def healthcheck_of(service: dict[str, Any]) -> bool:
@@ -25,18 +29,35 @@ def healthcheck_of(service: dict[str, Any]) -> bool:
     return any(f" AS {build['target']}\n" in stage and "\nHEALTHCHECK " in stage for stage in stages)
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+def long_running(composed: dict[str, Any]) -> set[str]:
+    return set(composed["services"]) - ONE_SHOTS
+
+
+@pytest.fixture(params=["cpu", "cpu_ray", "gpu"])
 def composed(request: pytest.FixtureRequest) -> dict[str, Any]:
     config: dict[str, Any] = request.getfixturevalue(request.param)
     return config
 
 
-def test_every_service_is_known(composed: dict[str, Any]) -> None:
-    assert set(composed["services"]) == ONE_SHOTS | LONG_RUNNING
+def test_every_service_is_known(cpu: dict[str, Any], cpu_ray: dict[str, Any], gpu: dict[str, Any]) -> None:
+    assert set(cpu["services"]) == ONE_SHOTS | LONG_RUNNING
+    assert set(cpu_ray["services"]) == set(gpu["services"]) == ONE_SHOTS | LONG_RUNNING | MONITORING | {"ray_head"}
+
+
+def test_up_of_every_profile_starts_no_one_shot_that_nothing_waits_for(cpu: dict[str, Any]) -> None:
+    """`up --wait` fails where a container ends that is not waited for as one that ends."""
+    awaited = {
+        name
+        for service in cpu["services"].values()
+        for name, how in service.get("depends_on", {}).items()
+        if how["condition"] == "service_completed_successfully"
+    }
+    started = {name for name in ONE_SHOTS if cpu["services"][name].get("scale", 1) > 0}
+    assert started <= awaited
 
 
 def test_long_running_services_restart_and_check_their_health(composed: dict[str, Any]) -> None:
-    for name in LONG_RUNNING:
+    for name in long_running(composed):
         service = composed["services"][name]
         assert service["restart"] == "unless-stopped", name
         assert healthcheck_of(service), name
@@ -63,14 +84,16 @@ def test_only_init_is_root_and_it_has_no_network(composed: dict[str, Any]) -> No
 def test_ports_are_on_loopback(composed: dict[str, Any]) -> None:
     published = [port for service in composed["services"].values() for port in service.get("ports", [])]
     assert {port["host_ip"] for port in published} == {"127.0.0.1"}
-    assert len({port["published"] for port in published}) == len(published) == 3
+    assert len({port["published"] for port in published}) == len(published)
+    with_ports = {name for name, service in composed["services"].items() if service.get("ports")}
+    assert with_ports == {"value_store"} | MONITORING & set(composed["services"])
 
 
 def test_no_secret_has_a_value_here(composed: dict[str, Any]) -> None:
     for name, service in composed["services"].items():
         for key, value in (service.get("environment") or {}).items():
             if re.search(r"TOKEN|PASSWORD|SECRET|REDIS_URL", key):
-                assert key.endswith("_FILE"), (name, key)
+                assert key.endswith(("_FILE", "_PATH")), (name, key)
                 assert value.startswith("/run/secrets/"), (name, key)
 
 
@@ -79,7 +102,13 @@ def test_each_service_mounts_its_own_secrets_only_to_read(composed: dict[str, An
         if name == "init":
             continue
         mounts = [volume for volume in service.get("volumes", []) if volume["target"] == "/run/secrets"]
-        expected = {"sandbox_gateway": [], "model": [], "prompts": ["secrets_tools"]}.get(name, [f"secrets_{name}"])
+        expected = {
+            "sandbox_gateway": [],
+            "model": [],
+            "prompts": ["secrets_tools"],
+            "ray_head": ["secrets_rollout"],
+            **{tool_name: ["secrets_tools"] for tool_name in TOOLS},
+        }.get(name, [f"secrets_{name}"])
         assert [volume["source"] for volume in mounts] == expected, name
         assert all(volume["read_only"] for volume in mounts), name
 
@@ -95,9 +124,49 @@ def test_the_sandbox_is_alone(composed: dict[str, Any]) -> None:
     assert sandbox["pids_limit"]
     # A replica shares its network, and listens on the other one.
     beside = {name for name, s in composed["services"].items() if "sandbox" in (s.get("networks") or {})}
-    assert beside == {"sandbox_gateway", "rollout", "prometheus"}
+    assert beside == {"sandbox_gateway", "rollout"} | {"prometheus"} & set(composed["services"])
     assert composed["services"]["rollout"]["environment"]["SINGLESTREAM_ROLLOUT__HOST_TOWARDS"] == "redis"
-    assert "--web.listen-address=prometheus-front:9090" in composed["services"]["prometheus"]["command"]
+    if "prometheus" in composed["services"]:
+        assert "--web.listen-address=prometheus-front:9090" in composed["services"]["prometheus"]["command"]
+
+
+def test_rays_processes_ask_for_a_token(cpu_ray: dict[str, Any], gpu: dict[str, Any]) -> None:
+    """A replica's container is on the sandbox's network too, and Ray listens on every address."""
+    for composed in (cpu_ray, gpu):
+        for name in ("ray_head", "rollout"):
+            assert composed["services"][name]["environment"].items() >= {
+                ("RAY_AUTH_MODE", "token"),
+                ("RAY_AUTH_TOKEN_PATH", "/run/secrets/ray_token"),
+            }
+        assert "--node" in composed["services"]["rollout"]["command"]
+        assert composed["services"]["ray_head"]["image"] == composed["services"]["rollout"]["image"]
+        assert "sandbox" not in composed["services"]["ray_head"]["networks"]
+
+
+def test_each_machine_of_several_runs_its_part(nodes: dict[str, dict[str, Any]]) -> None:
+    parts = {part: set(config["services"]) - {"init"} for part, config in nodes.items()}
+    assert parts == {
+        "head": {"redis", "value_store", "ray_head"},
+        "rollout": {"rollout", "sandbox_gateway"},
+        "learner": {"learner"},
+    }
+    for config in nodes.values():
+        assert config["services"]["init"]["environment"]["REDIS_ADDRESS"] == "10.0.0.1:6379"
+        for name, service in config["services"].items():
+            assert not service.get("ports"), name
+            expected = {"init": "none", "sandbox_gateway": None}.get(name, "host")
+            assert service.get("network_mode") == expected, name
+    gateway, rollout = (nodes["rollout"]["services"][name] for name in ("sandbox_gateway", "rollout"))
+    assert nodes["rollout"]["networks"]["sandbox"]["internal"]
+    address = gateway["networks"]["sandbox"]["ipv4_address"]
+    assert rollout["environment"]["SINGLESTREAM_ROLLOUT__SANDBOX_URL"] == f"http://{address}:8101"
+    assert rollout["environment"]["SINGLESTREAM_ROLLOUT__RAY_ADDRESS"] == "10.0.0.1:6380"
+    assert nodes["learner"]["services"]["learner"]["environment"].items() >= {
+        ("SINGLESTREAM_LEARNER__WEIGHTS_URL", "http://10.0.0.2:8103"),
+        ("SINGLESTREAM_RUN__WEIGHTS_TOKEN_FILE", "/run/secrets/weights_token"),
+    }
+    store = nodes["head"]["services"]["value_store"]["environment"]
+    assert store["SINGLESTREAM_VALUE_STORE__HOST"] in LOOPBACK
 
 
 def test_weights_travel_through_memory(composed: dict[str, Any]) -> None:
@@ -112,7 +181,8 @@ def test_stopping_waits_for_the_hand_over(composed: dict[str, Any]) -> None:
         name: composed["services"][name]["stop_grace_period"] for name in ("rollout", "sandbox_gateway", "learner")
     }
     config = load_config(ROOT / "configs" / "demo-cpu.toml")
-    assert seconds["rollout"] == "1m15s"
+    # A Ray node waits for its replica's hand-over, and then for Ray.
+    assert seconds["rollout"] == ("1m30s" if "ray_head" in composed["services"] else "1m15s")
     assert 3 * config.rollout.stop_timeout_s < 75
     assert seconds["sandbox_gateway"] == "1m15s"
     assert config.sandbox_gateway.max_timeout_s + 10 < 75
@@ -168,7 +238,9 @@ def test_build_context_holds_nothing_but_what_images_need() -> None:
 
 
 def test_compose_files_follow_the_specification() -> None:
-    for file in ("docker-compose.yml", "deploy/compose.gpu.yml"):
+    # Compose's own tags (!reset) are no YAML that the checker reads; `nodes` resolves that file.
+    plain = [f"deploy/{name}" for name in OVERLAYS if name != "compose.nodes.yml"]
+    for file in ("docker-compose.yml", *plain):
         command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(ROOT / file)]
         reply = subprocess.run(command, capture_output=True, text=True)
         assert reply.returncode == 0, reply.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,38 @@ DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 RULES = DEPLOY / "prometheus" / "rules.yml"
 
 
+BROKEN = {
+    "ServiceDown": {'up{job="learner"}': "0x150"},
+    "NoReplica": {"singlestream_value_store_replicas": "0x150"},
+    "ValueStoreNotReady": {"singlestream_value_store_ready": "0x150"},
+    "SandboxNotReady": {"singlestream_sandbox_ready": "0x150"},
+    "TrainingStalled": {
+        "singlestream_learner_step": "7x150",
+        'singlestream_value_store_outstanding_leases{purpose="train"}': "3x150",
+    },
+    "StepSkipped": {"singlestream_learner_skipped_steps_total": "0+1x150"},
+    "EngineAndLearnerDisagree": {"singlestream_learner_logprob_shift_mean_nats": "0.2x150"},
+    "EffectiveSampleSizeLow": {"singlestream_learner_effective_sample_size_ratio": "0.4x150"},
+    "LearnerIdle": {"singlestream_learner_idle_ratio": "0.8x150"},
+    "LeasesFail": {"singlestream_rollout_failed_total": "0+1x150", "singlestream_rollout_episodes_total": "0+10x150"},
+    "WeightUpdatesFail": {'singlestream_rollout_weight_updates_total{outcome="refused"}': "0+1x150"},
+    "SandboxFaults": {
+        "singlestream_rollout_tool_faults_total": "0+1x150",
+        "singlestream_rollout_tool_calls_total": "0+10x150",
+    },
+    "SandboxSaturated": {
+        "singlestream_sandbox_used_slots": "4x150",
+        "singlestream_sandbox_slots": "4x150",
+        "singlestream_sandbox_queued": "9x150",
+    },
+    "RetentionAlwaysClipped": {"singlestream_value_store_rho_clip_ratio": "1x150"},
+    "BaselineUseless": {"singlestream_value_store_brier": "0.4x150"},
+    "MessagesUnusable": {'singlestream_value_store_stream_entries{stream="dead_letters"}': "0+1x150"},
+    "UpdatesWait": {'singlestream_value_store_stream_entries{stream="posterior_updates"}': "20000x150"},
+}
+"""Alert → series that break its rule, by the minute."""
+
+
 def exported() -> set[str]:
     """Names of all series, with the endings that counters and histograms have."""
     from services.learner.metrics import Metrics as Learner
@@ -27,7 +58,8 @@ def exported() -> set[str]:
     names = set()
     for metrics in (Learner(), Rollout(), Sandbox()):
         for family in metrics.registry.collect():
-            names |= {family.name, *(f"{family.name}_{ending}" for ending in ("total", "bucket", "sum", "count"))}
+            endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+            names |= {family.name + ending for ending in endings}
     # The value store computes its metrics from a store's memory: their names stand in its source.
     source = (ROOT / "services" / "value_store" / "metrics.py").read_text()
     prefix = "singlestream_value_store_"
@@ -101,7 +133,34 @@ def test_every_service_is_scraped_where_it_listens() -> None:
     assert jobs["value_store"]["authorization"]["credentials_file"] == "/run/secrets/read_token"
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool comes with Debian's package prometheus")
-def test_promtool_accepts_the_rules() -> None:
-    reply = subprocess.run(["promtool", "check", "rules", str(RULES)], capture_output=True, text=True)
+@pytest.mark.parametrize(("kind", "name"), [("rules", "rules.yml"), ("config", "prometheus.yml")])
+def test_promtool_accepts(kind: str, name: str) -> None:
+    """It comes with Debian's package prometheus: `scripts/setup --tests`."""
+    only_syntax = ["--syntax-only"] if kind == "config" else []
+    command = ["promtool", "check", kind, *only_syntax, str(DEPLOY / "prometheus" / name)]
+    reply = subprocess.run(command, capture_output=True, text=True)
+    assert reply.returncode == 0, reply.stdout + reply.stderr
+
+
+def test_every_alert_fires_when_it_should(tmp_path: Path) -> None:
+    """`promtool test rules` on a series that breaks each rule."""
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    assert set(BROKEN) == {rule["alert"] for rule in rules}
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [{"series": name, "values": values} for name, values in series.items()],
+            "promql_expr_test": [
+                {
+                    "expr": f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})',
+                    "eval_time": "150m",
+                    "exp_samples": [{"labels": "{}", "value": 1}],
+                }
+            ],
+        }
+        for alert, series in BROKEN.items()
+    ]
+    file = tmp_path / "test.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
+    reply = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True)
     assert reply.returncode == 0, reply.stdout + reply.stderr

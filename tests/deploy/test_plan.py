@@ -32,7 +32,9 @@ def test_a_large_model_gets_tensor_parallel_engines() -> None:
     assert proposal.best.tensor_parallel == 2
     assert proposal.best.rollout_gpus % 2 == 0
     assert proposal.network_s == pytest.approx(5.12)
-    assert "one version takes 5.1 s" in describe(proposal)
+    assert "one whole version takes 5.1 s to another machine, 13%" in describe(proposal)
+    slow = plan(32e9, 64, 5000, network_gbit_per_s=1)
+    assert "fall behind" in describe(slow)
 
 
 @pytest.mark.parametrize(

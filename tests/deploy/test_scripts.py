@@ -6,27 +6,26 @@ import fcntl
 import http.server
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import redis
 
-from singlestream.embedded_redis import find_server
-from tests.deploy.conftest import DEPLOY
+from tests.deploy.conftest import DEPLOY, wait_for
 
 Hold = Callable[..., tuple[subprocess.Popen[str], str]]
 """Starts a command that claims GPUs and keeps them; gives it and the indices that it saw."""
-SHELL_SCRIPTS = [path for path in DEPLOY.iterdir() if path.is_file() and path.read_text().startswith("#!/bin/sh")]
-PYTHON_SCRIPTS = [
-    path for path in DEPLOY.iterdir() if path.is_file() and path.read_text().startswith("#!/usr/bin/env python3")
-]
+SCRIPTS = {
+    path: path.read_text().partition("\n")[0]
+    for path in DEPLOY.rglob("*")
+    if path.is_file() and path.stat().st_mode & 0o100
+}
+SHELL_SCRIPTS = [path for path, first in SCRIPTS.items() if first in ("#!/bin/sh", "#!/usr/bin/env bash")]
+PYTHON_SCRIPTS = [path for path, first in SCRIPTS.items() if first == "#!/usr/bin/env python3"]
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,23 +33,15 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=60)
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < 60, f"waited for {what}"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("path", SHELL_SCRIPTS, ids=lambda path: path.name)
 def test_shell_syntax(path: Path) -> None:
-    assert os.access(path, os.X_OK)
-    reply = run("sh", "-n", path)
+    shell = SCRIPTS[path].rpartition("/")[2].split()[-1]
+    reply = run(shell, "-n", path)
     assert reply.returncode == 0, reply.stderr
 
 
 @pytest.mark.parametrize("path", PYTHON_SCRIPTS, ids=lambda path: path.name)
 def test_python_syntax(path: Path) -> None:
-    assert os.access(path, os.X_OK)
     compile(path.read_text(), path, "exec")
 
 
@@ -152,6 +143,9 @@ class TestGpuClaims:
         assert "for 2 free of the GPUs [0, 1, 2, 3]" in reply.stderr
         assert hold()[1] == "3", "the failed claim must hold nothing"
 
+    def test_a_container_of_several_replicas_takes_as_many(self, hold: Hold) -> None:
+        assert hold(SINGLESTREAM_NODE_SLOTS="3")[1] == "0,1,2"
+
     def test_a_killed_replica_gives_its_gpus_back(self, hold: Hold) -> None:
         processes = [hold()[0] for _ in range(4)]
         processes[2].send_signal(signal.SIGKILL)
@@ -233,6 +227,12 @@ class TestHealthcheck:
             init.wait()
             init.stdout.close()
 
+    def test_other_paths_may_be_asked_for(self, service: dict[str, int], tmp_path: Path) -> None:
+        service["/agent"] = 200
+        settings = {"SINGLESTREAM_HEALTH_STATE": str(tmp_path / "state")}
+        assert run(DEPLOY / "healthcheck", str(service["port"]), "/agent", "/agent", **settings).returncode == 0
+        assert (tmp_path / "state").read_text() == "0", "it was ready: now a failure counts"
+
     def test_nobody_there(self, tmp_path: Path) -> None:
         assert self.check(1, tmp_path / "state") == 1
 
@@ -261,112 +261,6 @@ class TestStayWhenDone:
         assert mark.exists()
 
 
-def start_redis(folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """A Redis as compose starts it, with the users that ``init`` writes, on a socket."""
-    passwords = {name: f"of-{name}" for name in ("value_store", "rollout", "learner")}
-    (folder / "users.acl").write_text(runpy.run_path(str(DEPLOY / "init"), run_name="init")["acl_text"](passwords))
-    settings = ["--port", "0", "--unixsocket", folder / "s", "--aclfile", folder / "users.acl", "--dir", folder]
-    arguments = [find_server(), DEPLOY / "redis" / "redis.conf", *settings, "--logfile", folder / "log"]
-    process = subprocess.Popen([str(part) for part in arguments])
-    wait_for((folder / "s").exists, "Redis")
-    return process, folder / "s"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    process, socket = start_redis(tmp_path_factory.mktemp("acl"))
-    yield socket
-    process.terminate()
-    process.wait(60)
-
-
-class TestRedisRights:
-    """The users' file that ``init`` writes, in a real Redis."""
-
-    @pytest.fixture
-    def connect(self, server: Path) -> Iterator[Callable[[str], redis.Redis]]:
-        clients = []
-
-        def connect(name: str) -> redis.Redis:
-            clients.append(redis.Redis(unix_socket_path=str(server), username=name, password=f"of-{name}"))
-            return clients[-1]
-
-        yield connect
-        for client in clients:
-            client.close()
-
-    def test_nobody_enters_without_a_name(self, server: Path) -> None:
-        with redis.Redis(unix_socket_path=str(server)) as client, pytest.raises(redis.AuthenticationError):
-            client.ping()
-
-    def test_the_probe_can_ping_and_nothing_else(self, connect: Callable[[str], redis.Redis]) -> None:
-        assert connect("probe").ping()
-        for command in (("GET", "ss:r:state"), ("INFO",), ("KEYS", "*")):
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                connect("probe").execute_command(*command)
-
-    def test_a_rollout_cannot_write_values_or_versions(self, connect: Callable[[str], redis.Redis]) -> None:
-        rollout = connect("rollout")
-        rollout.xadd("ss:r:trajectories", {"id": "1", "m": b""})
-        rollout.hset("ss:r:live", "1", "0-1")
-        assert rollout.xrange("ss:r:policy_versions") == []
-        for key in (
-            "values",
-            "ledger",
-            "prompts",
-            "outstanding:train",
-            "state",
-            "fence:learner",
-            "policy_versions",
-            "lineage",
-        ):
-            for command in (("SET", f"ss:r:{key}", "1"), ("HSET", f"ss:r:{key}", "a", "1"), ("DEL", f"ss:r:{key}")):
-                with pytest.raises(redis.exceptions.NoPermissionError):
-                    rollout.execute_command(*command)
-        with pytest.raises(redis.ResponseError, match=r"(?i)permission|can't access|NOPERM"):
-            rollout.eval("return redis.call('SET', KEYS[1], 1)", 1, "ss:r:values")
-
-    def test_the_learner_sees_no_values(self, connect: Callable[[str], redis.Redis]) -> None:
-        learner = connect("learner")
-        learner.xadd("ss:r:policy_versions", {"id": "", "m": b""})
-        for command in (
-            ("HGETALL", "ss:r:values"),
-            ("HGETALL", "ss:r:prompts"),
-            ("SET", "ss:r:state", "1"),
-            ("XADD", "ss:r:leases:train", "*", "a", "b"),
-        ):
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                learner.execute_command(*command)
-
-    @pytest.mark.parametrize("user", ["value_store", "rollout", "learner"])
-    def test_nobody_administers(self, connect: Callable[[str], redis.Redis], user: str) -> None:
-        for command in (("FLUSHALL",), ("CONFIG", "GET", "*"), ("ACL", "LIST"), ("KEYS", "*"), ("SHUTDOWN",)):
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                connect(user).execute_command(*command)
-
-
-def test_transactions_survive_a_killed_redis(tmp_path: Path) -> None:
-    """Redis loads its file as the default user, and leaves out what that user may not do."""
-    process, socket = start_redis(tmp_path)
-    with redis.Redis(unix_socket_path=str(socket), username="value_store", password="of-value_store") as client:
-        with client.pipeline(transaction=True) as pipe:
-            pipe.hset("ss:r:values", "p", "1").hincrby("ss:r:ledger", "train:leased", 1).execute()
-        client.eval("redis.call('HSET', KEYS[1], 'q', 2) redis.call('SET', KEYS[2], 1)", 2, "ss:r:values", "ss:r:state")
-    process.kill()
-    process.wait()
-    socket.unlink()
-    process, socket = start_redis(tmp_path)
-    try:
-        with redis.Redis(unix_socket_path=str(socket), username="value_store", password="of-value_store") as client:
-            wait_for(lambda: not client.info("persistence")["loading"], "the file to be loaded")
-            assert client.hgetall("ss:r:values") == {b"p": b"1", b"q": b"2"}
-            assert client.hgetall("ss:r:ledger") == {b"train:leased": b"1"}
-            assert client.get("ss:r:state") == b"1"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def test_requirements_are_those_of_the_named_extras(tmp_path: Path) -> None:
     project = tmp_path / "pyproject.toml"
     project.write_text('[project]\ndependencies = ["a"]\n[project.optional-dependencies]\nx = ["b==1"]\ny = ["c"]\n')
@@ -393,7 +287,10 @@ def test_init_makes_each_service_its_secrets_once(tmp_path: Path) -> None:
     assert {name for name in first if name.startswith("rollout/")} == {
         "rollout/redis_url",
         "rollout/rollout_token",
+        "rollout/weights_token",
+        "rollout/ray_token",
     }
+    assert {name for name in first if name.startswith("learner/")} == {"learner/redis_url", "learner/weights_token"}
     assert {name for name in first if name.startswith("prometheus/")} == {"prometheus/read_token"}
     assert first["value_store/write_token"] == first["tools/write_token"] != first["value_store/read_token"]
     assert all(len(first[f"master/{name}"]) == 64 for name in ("read_token", "write_token", "redis_rollout"))

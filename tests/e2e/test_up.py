@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from singlestream.config import Config
+from singlestream.config import Config, load_config
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys, connect
 from singlestream.streams.ledger import read_ledger
@@ -65,7 +65,37 @@ async def check_ledger(config: Config) -> None:
         server.stop()
 
 
-def test_up_values_stop_and_go_on(config: Config, tmp_path: Path) -> None:
+def check_an_episode_that_computes(config: Config) -> None:
+    """Over HTTP, with the real engine and the real sandbox: the product comes from the tool, not from the model."""
+    url = f"http://{config.rollout.host}:{config.rollout.port}/v1/episodes"
+    body = {"question": "97*89=?", "answer": "8633", "environment": "tiny_tool"}
+    for _ in range(40):  # the model calls the tool in two of five episodes before it is trained
+        trace = httpx.post(url, json=body, timeout=60).json()
+        if trace["tool_calls"] and trace["reward"] == 1.0:
+            break
+    else:
+        raise AssertionError(f"no episode of 40 used the tool and was right; the last: {trace['text']}")
+    kinds = [segment["kind"] for segment in trace["segments"]]
+    assert kinds[:2] == ["prompt", "generated"]
+    observations = [segment["text"] for segment in trace["segments"] if segment["kind"] == "observation"]
+    assert observations[0] == "<interpreter>8633</interpreter>"
+    generated = [segment for segment in trace["segments"] if segment["kind"] == "generated"]
+    assert generated[0]["text"] == "<code>print(97*89)</code>"
+    assert all(len(one["logprobs"]) == len(one["token_ids"]) and one["version"] >= 0 for one in generated)
+    assert trace["tool_calls"][0]["status"] == "ok"
+
+
+def check_a_pinned_evaluation_during_training() -> None:
+    """One policy version samples everything although the learner goes on publishing."""
+    command = cli("eval", "--config", str(DEMO), "--limit", "16", "--n", "2", "--json")
+    told = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert told["versions"] == {str(told["policy"]["version"]): 32}
+    assert [one["samples"] for one in told["benchmarks"]] == [32]
+
+
+def test_up_values_stop_and_go_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINGLESTREAM_RUN__TOTAL_STEPS", "24")  # so many that it is still training after the checks
+    config = load_config(DEMO)
     log, steps_path = tmp_path / "up.log", config.run.dir / "steps.jsonl"
     up = start(log, "--prompts", str(config.run.model / "prompts.jsonl"))
     try:
@@ -91,6 +121,8 @@ def test_up_values_stop_and_go_on(config: Config, tmp_path: Path) -> None:
             check=True,
         ).stdout
         assert "n_eff" in table
+        check_an_episode_that_computes(config)
+        check_a_pinned_evaluation_during_training()
         everyone = family(up)
         up.send_signal(signal.SIGINT)
         assert up.wait(90) == 130

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from redis.asyncio import Redis
 
-from singlestream.contracts import PosteriorUpdate, Progress, Tombstone, Trajectory, decode, decode_as, encode
+from singlestream.contracts import PosteriorUpdate, Progress, Tombstone, Trajectory, decode, encode
 from singlestream.streams import GROUP, Held, Keys, LeaseConsumer
 from tests.contracts.messages import lease, segments, trajectory
 
@@ -131,25 +131,80 @@ async def test_a_damaged_lease_is_a_tombstone(redis: Redis, keys: Keys) -> None:
     assert nameless
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(["heartbeat", "emit", "hand_over", "fail"])))
-async def test_a_zombie_in_any_order_changes_nothing(redis: Redis, keys: Keys, order: tuple[str, ...]) -> None:
-    await issue(redis, keys)
-    a, b = await consumer(redis, keys, "a"), await consumer(redis, keys, "b")
-    [zombie] = await a.take(["train"], 1, block_ms=1000)
-    await b.claim_dead(timeout_s=0.0, max_attempts=3)
-    actions = {
-        "heartbeat": lambda: a.heartbeat([zombie]),
-        "emit": lambda: a.emit(zombie, trajectory()),
-        "hand_over": lambda: a.hand_over(zombie, None, count_attempt=False),
-        "fail": lambda: a.fail(zombie, "grader_error", "late"),
-    }
-    for action in order:
-        assert await actions[action]() in (False, [zombie.lease.lease_id])
-    [again] = await b.take(["train"], 1, block_ms=1000)
-    assert await b.emit(again, trajectory())
-    kept = [decode_as(Trajectory, f[b"m"]) for _, f in await redis.xrange(keys.trajectories)]
-    assert len(kept) == 1
-    assert await redis.xlen(keys.dead_letters) == 0
+ZOMBIE = ("heartbeat", "emit", "hand_over", "fail")
+SUCCESSORS = (
+    ("claim", "take", "heartbeat", "emit"),
+    ("claim", "take", "hand_over", "fail"),
+    ("claim", "take", "claim"),
+)
+"""What others do with the lease of a stopped holder, in that order, until it continues."""
+
+
+class Rivals:
+    """A holder that was stopped and continues (a), and its successor (b), who fight for one lease.
+
+    Args:
+        redis: a client.
+        keys: of a run of their own.
+    """
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self.redis, self.keys = redis, keys
+        self.replicas = {name: LeaseConsumer(redis, keys, name) for name in "ab"}
+        self.held: dict[str, Held | None] = {"a": None, "b": None}
+        self.ends = 0
+
+    async def begin(self) -> None:
+        await issue(self.redis, self.keys)
+        await self.replicas["a"].join()
+        [self.held["a"]] = await self.replicas["a"].take(["train"], 1, block_ms=1000)
+
+    async def act(self, name: str, action: str) -> None:
+        one, held = self.replicas[name], self.held[name]
+        if action == "claim":
+            await one.claim_dead(timeout_s=0.0, max_attempts=10)
+        elif action == "take":
+            self.held[name] = next(iter(await one.take(["train"], 1, block_ms=1)), None)
+        elif held is not None and action == "heartbeat":
+            entry = await self.redis.hget(self.keys.live, held.lease.lease_id)
+            assert bool(await one.heartbeat([held])) == (entry is None or entry.decode() != held.entry)
+        elif held is not None and action == "hand_over":
+            progress = Progress(segments=segments()[:2], turns=0, tool_calls=[], started_at_s=1.0)
+            await one.hand_over(held, progress, count_attempt=False)
+        elif held is not None:
+            end = one.emit(held, trajectory()) if action == "emit" else one.fail(held, "grader_error", "raised")
+            self.ends += await end
+
+    async def finish(self) -> None:
+        """Whoever is left takes what is left; the lease must have ended exactly once, by whichever hand."""
+        last = await consumer(self.redis, self.keys, "c")
+        await last.claim_dead(timeout_s=0.0, max_attempts=10)
+        for held in await last.take(["train"], 4, block_ms=1):
+            self.ends += await last.emit(held, trajectory())
+        assert self.ends == 1
+        ended = await messages(self.redis, self.keys.trajectories)
+        failed = [one for one in ended if isinstance(one, Tombstone)]
+        assert len(ended) == 1
+        assert await self.redis.xlen(self.keys.dead_letters) == len(failed)
+        assert await self.redis.xlen(self.keys.posterior_updates) == len(failed)
+        assert await self.redis.hlen(self.keys.live) == await self.redis.xlen(self.keys.leases("train")) == 0
+
+
+@pytest.mark.parametrize("others", SUCCESSORS)
+async def test_a_stopped_holder_that_continues_never_ends_a_lease_twice(
+    redis: Redis, keys: Keys, others: tuple[str, ...]
+) -> None:
+    wakes = range(len(others) + 1)
+    for zombie, wake in itertools.product(itertools.permutations(ZOMBIE), wakes):
+        rivals = Rivals(redis, Keys(f"{keys.run}-{'-'.join(zombie)}-{wake}"))
+        await rivals.begin()
+        for name, actions in (("b", others[:wake]), ("a", zombie), ("b", others[wake:])):
+            for action in actions:
+                await rivals.act(name, action)
+        try:
+            await rivals.finish()
+        except AssertionError as error:
+            raise AssertionError(f"{others}; after {wake} of them {zombie}") from error
 
 
 async def test_take_never_exceeds_the_free_slots(redis: Redis, keys: Keys) -> None:

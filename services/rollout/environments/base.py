@@ -20,10 +20,16 @@ class Turn:
     Args:
         text: what the model wrote, special tokens left out.
         ended: ``tool`` if one of the environment's stop strings ended it, ``end`` if the model ended its answer.
+        question: the task.
+        answer: its ground truth, for an environment that plays against the model.
+        number: of this turn, from 0.
     """
 
     text: str
     ended: Literal["tool", "end"]
+    question: str = ""
+    answer: str = ""
+    number: int = 0
 
 
 class Tools(Protocol):
@@ -46,6 +52,8 @@ class Environment(ABC):
     """
 
     name: str
+    default_grader: str = "boxed"
+    """Grader where the lease names none (`graders.load_grader`)."""
     stop: tuple[str, ...] = ()
     """Strings that end a turn so that `step` may answer it."""
 

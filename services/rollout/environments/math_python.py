@@ -28,6 +28,7 @@ class MathPython(CodeEnvironment):
     """The reference's task: one user message with instructions and problem, code tool, boxed answer."""
 
     name = "math_python"
+    default_grader = "boxed_strict"
 
     def prompt(self, question: str) -> str:
         """Instructions around the problem."""

@@ -40,6 +40,7 @@ class ReasoningGym(SingleTurn):
     """One puzzle, one answer, boxed."""
 
     name = "reasoning_gym"
+    default_grader = "services.rollout.environments.reasoning_gym:verify"
 
     def prompt(self, question: str) -> str:
         """The puzzle and the demand for a box."""

@@ -3,8 +3,9 @@
 Where it stands. bubblewrap has already built the outer jail, once per zygote: its own user, pid, network, ipc, uts and
 mount namespaces; a read-only view that holds the Python, its libraries and four device nodes; no /proc, no network
 interface but a loopback that nobody listens on; an empty environment. Every run is forked from the zygote in that jail
-and passes through :func:`lock_down`, once, top to bottom. Any step that fails ends the run as a fault of the sandbox,
-before its code is read.
+and passes through :func:`lock_down`, once, top to bottom, before its program exists: only a run that says that it is
+locked down is sent one, and one program is all that it ever gets. Any step that fails ends it as a fault of the
+sandbox.
 
 Threat model. The snippet is hostile, native code included (ctypes gives it any instruction), and knows this file.
 
@@ -13,15 +14,15 @@ Covered:
       memory, locks);
     - network of every family; starting processes; outliving the run; signals to anything outside it;
     - exhausting memory, processes, threads, files, inodes, disk, descriptors, pipe and socket buffers, output;
-    - faking its outcome: the exit status is the kernel's word (wait4), time-outs are the gateway's; whether the
-      lock-down finished, hence "fault of the sandbox or of the snippet", is told by an event that is sent after the
-      filter is loaded and cannot be taken back.
+    - faking its outcome: the exit status is the kernel's word (wait4), time-outs are the gateway's; a fault of the
+      sandbox cannot be faked, as the lock-down was over before the program was sent.
 
 Not covered:
     - a bug in the kernel behind one of the permitted calls (the filter makes that surface small; a VM per run would
       make it smaller);
     - side channels of shared hardware and shared page cache, covert channels between runs that cooperate (locks on
-      /dev/null), and slowing neighbours down by saturating memory bandwidth or caches;
+      /dev/null), and slowing neighbours down by saturating memory bandwidth or caches, or processors for the quarter of
+      a second after which the gateway puts a run behind shorter ones;
     - layout secrecy between runs: forks of one zygote share their address-space layout, so a leak in one helps in the
       next; there is nothing in the zygote to attack, as it parses nothing that a run can shape, and it is replaced now
       and then;
@@ -38,11 +39,15 @@ import os
 import resource
 import struct
 
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_VM = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x100
+CLONE_VM, CLONE_FILES = 0x100, 0x400
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_CAPBSET_DROP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 24, 22, 38
 CAPABILITY_VERSION_3 = 0x20080522
 LAST_CAPABILITY = 63
+
+LINE = 3
+"""Descriptor of a run's line to the gateway, until it has its program."""
 
 MAX_THREADS = 32
 MAX_OPEN_FILES = 64
@@ -89,17 +94,13 @@ def limit(kind: int, soft: int, hard: int | None = None) -> None:
     resource.setrlimit(kind, (soft, soft if hard is None else hard))
 
 
-def lock_down(
-    proc_fd: int, program: SeccompProgram, event_fd: int, memory_bytes: int, cpu_s: int, tmp_bytes: int
-) -> None:
-    """Give up everything. Afterwards only descriptors 0, 1 and 2 are open and nothing here can be undone.
+def lock_down(proc_fd: int, program: SeccompProgram, line_fd: int, tmp_bytes: int) -> None:
+    """Give up everything. Afterwards only descriptors 0 to 3 are open and nothing here can be undone.
 
     Args:
         proc_fd: directory descriptor of /proc; closed here.
         program: the seccomp filter.
-        event_fd: eventfd that is told once the filter stands; closed here.
-        memory_bytes: limit of the whole address space, warm interpreter included.
-        cpu_s: CPU seconds after which the kernel sends SIGXCPU, and a second later SIGKILL.
+        line_fd: socket to the gateway, for the program; :data:`LINE` from here on.
         tmp_bytes: size of the private /tmp.
 
     Raises:
@@ -125,12 +126,9 @@ def lock_down(
     options = b"size=%d,nr_inodes=%d,mode=0777" % (tmp_bytes, MAX_TMP_INODES)
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount private /tmp")
     os.chdir("/tmp")  # noqa: S108  the private one
-    # Inherited descriptors: the control socket, /proc and other runs' pidfds close; 3 stays for the event below.
-    os.dup2(event_fd, 3)
-    check(libc.close_range(4, 0xFFFFFFFF, 0), "close inherited descriptors")
-    # Memory bombs (bytearray, numpy, mmap, threads' stacks) and CPU burnt while the wall clock is slow.
-    limit(resource.RLIMIT_AS, memory_bytes, memory_bytes + MEMORY_ERROR_RESERVE_BYTES)
-    limit(resource.RLIMIT_CPU, cpu_s, cpu_s + 1)
+    # Inherited descriptors: the control socket, /proc and other runs' pidfds close; the line stays for the program.
+    os.dup2(line_fd, LINE)
+    check(libc.close_range(LINE + 1, 0xFFFFFFFF, 0), "close inherited descriptors")
     # Thread bombs; counted per user namespace (Linux ≥ 5.14), hence set after it was made.
     limit(resource.RLIMIT_NPROC, MAX_THREADS)
     # Descriptor exhaustion, and with it kernel memory held in pipes and sockets.
@@ -147,14 +145,22 @@ def lock_down(
         if libc.prctl(PR_CAPBSET_DROP, capability, None, 0, 0) < 0 and ctypes.get_errno() == errno.EINVAL:
             break
     check(libc.capset(struct.pack("<Ii", CAPABILITY_VERSION_3, 0), bytes(24)), "drop capabilities")
-    # A busy loop yields to the gateway's work. Last, so that a busy machine does not hold up the steps above.
-    os.nice(10)
+    # A busy loop yields to the gateway's work. Late, so that a busy machine does not hold up the steps above.
+    os.nice(5)
     # Set-uid programs gain nothing, and an unprivileged process may load a filter.
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, None, 0, 0), "no new privileges")
     # The allow-list (policy.py): no new process, program, namespace, socket or exotic call, whatever the code does from
     # here on.
     check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.addressof(program), 0, 0), "load the seccomp filter")
-    # From here on the run is the snippet's. Only now, and for good: a snippet can neither send this early nor take it
-    # back, so it cannot pass its own crash off as a fault of the sandbox.
-    os.write(3, struct.pack("<Q", 1))
-    os.close(3)
+
+
+def bound(memory_bytes: int, cpu_s: int) -> None:
+    """Set the limits that differ from run to run. The filter permits it, and no one can raise them again.
+
+    Args:
+        memory_bytes: limit of the whole address space, warm interpreter included.
+        cpu_s: CPU seconds after which the kernel sends SIGXCPU, and a second later SIGKILL.
+    """
+    # Memory bombs (bytearray, numpy, mmap, threads' stacks) and CPU burnt while the wall clock is slow.
+    limit(resource.RLIMIT_AS, memory_bytes, memory_bytes + MEMORY_ERROR_RESERVE_BYTES)
+    limit(resource.RLIMIT_CPU, cpu_s, cpu_s + 1)

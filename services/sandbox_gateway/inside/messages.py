@@ -1,12 +1,12 @@
 """Messages between the gateway and a zygote.
 
-They travel over one SOCK_SEQPACKET socket: fixed-size records, little-endian, file descriptors attached. The zygote
-holds a capability, so it never parses anything that a snippet can shape: an order is numbers only, and the snippet's
-text travels as a descriptor that only the locked-down child reads.
+Orders and replies travel over one SOCK_SEQPACKET socket: fixed-size records, little-endian, file descriptors attached.
+The zygote holds a capability, so it never sees anything that a snippet can shape: an order is numbers only, and the
+program travels over a line of the run's own, which is read by nobody but the child that is locked down already.
 
 Example:
-    >>> order = Order(run_id=7, memory_bytes=1 << 30, cpu_s=12, tmp_bytes=32 << 20, seed=-1, echo=False)
-    >>> Order.unpack(order.pack()) == order
+    >>> program = Program(memory_bytes=1 << 30, cpu_s=12, seed=-1, echo=False, source=b"print(1)")
+    >>> Program.unpack(program.pack()) == program
     True
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 READY = 0
 """The zygote is warm; ``value`` is its resident memory in bytes."""
 STARTED = 1
-"""A run was forked; its pidfd is attached."""
+"""A run was forked and is being locked down; its pidfd is attached."""
 EXITED = 2
 """A run is dead and reaped; ``value`` is its wait status."""
 REFUSED = 3
@@ -27,10 +27,14 @@ REFUSED = 3
 REPORT_BYTES = 4096
 """Size of the page on which a run leaves its uncaught exception (or why its set-up failed)."""
 
-ORDER_FDS = 6
-"""Descriptors of an order: code, stdin, stdout, stderr, report page, locked-down event."""
+ORDER_FDS = 5
+"""Descriptors of an order: stdin, stdout, stderr, report page, line."""
 
-_ORDER = struct.Struct("<QQQQq?")
+LOCKED = b"L"
+"""What a run says on its line once the filter stands."""
+
+_ORDER = struct.Struct("<QQ")
+_PROGRAM = struct.Struct("<QQq?")
 _REPLY = struct.Struct("<BQqdQ")
 
 
@@ -39,16 +43,8 @@ class Order(NamedTuple):
 
     run_id: int
     """Number of the run, unique within the gateway."""
-    memory_bytes: int
-    """Address space beyond that of the warm interpreter."""
-    cpu_s: int
-    """Whole seconds of CPU time of all threads together (RLIMIT_CPU)."""
     tmp_bytes: int
     """Size of the private /tmp."""
-    seed: int
-    """Seed of the random generators; −1 takes one from the operating system."""
-    echo: bool
-    """Whether the value of a last expression is shown."""
 
     def pack(self) -> bytes:
         """The record on the wire."""
@@ -58,6 +54,30 @@ class Order(NamedTuple):
     def unpack(cls, record: bytes) -> Order:
         """Read a record; raises ``struct.error`` if it has another size."""
         return cls._make(_ORDER.unpack(record))
+
+
+class Program(NamedTuple):
+    """Gateway → locked-down run: what to do. It ends where the line ends."""
+
+    memory_bytes: int
+    """Address space beyond that of the warm interpreter."""
+    cpu_s: int
+    """Whole seconds of CPU time of all threads together (RLIMIT_CPU)."""
+    seed: int
+    """Seed of the random generators; −1 takes one from the operating system."""
+    echo: bool
+    """Whether the value of a last expression is shown."""
+    source: bytes
+    """The snippet, UTF-8."""
+
+    def pack(self) -> bytes:
+        """The bytes on the line."""
+        return _PROGRAM.pack(*self[:-1]) + self.source
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Program:
+        """Read it; raises ``struct.error`` if it is cut short."""
+        return cls._make((*_PROGRAM.unpack_from(data), data[_PROGRAM.size :]))
 
 
 class Reply(NamedTuple):

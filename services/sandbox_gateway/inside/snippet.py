@@ -29,22 +29,15 @@ FILE_NAME = "main.py"
 """Name of the snippet in tracebacks."""
 
 BALLAST_BYTES = 4 << 20
-"""A few of the allocator's arenas, never touched and so never resident."""
+"""A few of the allocator's arenas."""
 
 _FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
     _FUTURE_FLAGS |= getattr(__future__, _name).compiler_flag
 
 
-def run(source: bytes, *, echo: bool, seed: int | None, report: int) -> int:
-    """Run a snippet as ``python main.py`` would and return its exit code.
-
-    Args:
-        source: UTF-8 text of the snippet, as received.
-        echo: whether the value of a last expression is shown as the interactive interpreter does.
-        seed: seed of the random generators; None takes one from the operating system.
-        report: address of the shared page for the uncaught exception.
-    """
+def prepare() -> types.ModuleType:
+    """Set up what ``python main.py`` would find; part of no one's waiting time. Returns its main module, empty."""
     module = types.ModuleType("__main__")
     module.__file__ = f"/tmp/{FILE_NAME}"  # noqa: S108  the private tmpfs of this run
     module.__dict__["__builtins__"] = __builtins__
@@ -52,10 +45,24 @@ def run(source: bytes, *, echo: bool, seed: int | None, report: int) -> int:
     sys.argv = [FILE_NAME]
     sys.path.insert(0, "/tmp")  # noqa: S108  where a script's own folder stands
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    return module
+
+
+def run(module: types.ModuleType, source: bytes, *, echo: bool, seed: int | None, report: int) -> int:
+    """Run a snippet as ``python main.py`` would and return its exit code.
+
+    Args:
+        module: what :func:`prepare` returned.
+        source: UTF-8 text of the snippet, as received.
+        echo: whether the value of a last expression is shown as the interactive interpreter does.
+        seed: seed of the random generators; None takes one from the operating system.
+        report: address of the shared page for the uncaught exception.
+    """
     reseed(seed, source)
     gc.enable()
     # Freed when something goes wrong: even building a traceback needs memory, and a MemoryError may have left none.
-    ballast = bytearray(BALLAST_BYTES)
+    # ``bytes`` comes zeroed from the kernel, untouched and so never resident; a bytearray would write to every page.
+    ballast = bytes(BALLAST_BYTES)
     exit_code = 0
     try:
         for code in _compile(source, echo):

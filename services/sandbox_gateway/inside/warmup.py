@@ -5,15 +5,14 @@ first-call caches. An exercise must leave no state that a snippet could notice: 
 """
 
 STANDARD_LIBRARY = (
-    "__future__", "abc", "argparse", "array", "ast", "asyncio", "base64", "bisect", "calendar", "cmath",
-    "collections", "collections.abc", "concurrent.futures", "contextlib", "copy", "csv", "dataclasses",
-    "datetime", "decimal", "difflib", "enum", "fractions", "functools", "hashlib", "heapq", "inspect", "io",
-    "itertools", "json", "linecache", "math", "numbers", "operator", "pathlib", "pickle", "pprint", "queue",
-    "random", "re", "secrets", "shutil", "signal", "statistics", "string", "struct", "subprocess", "tempfile",
-    "textwrap", "threading", "time", "timeit", "traceback", "typing", "unicodedata", "uuid", "warnings",
-    "weakref", "zlib",
+    "__future__", "abc", "array", "ast", "base64", "bisect", "cmath", "collections", "collections.abc", "contextlib",
+    "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "heapq", "inspect", "io",
+    "itertools", "json", "linecache", "math", "numbers", "operator", "pathlib", "random", "re", "signal", "statistics",
+    "string", "struct", "textwrap", "threading", "time", "traceback", "typing", "warnings", "weakref",
 )  # fmt: skip
-"""Imported by nearly every program at some time; cheap to hold, dear to import in each run."""
+"""What calculating programs import. Every page more makes every fork dearer, so what few of them use and loads much
+(asyncio with ssl, hashlib with libcrypto, logging, subprocess) is left to the run that wants it.
+"""
 
 SUBMODULES = {
     "numpy": ("numpy.random", "numpy.linalg", "numpy.fft", "numpy.polynomial"),

@@ -20,7 +20,7 @@ import sys
 from typing import NamedTuple
 
 from . import lockdown, snippet, warmup
-from .messages import EXITED, ORDER_FDS, READY, REFUSED, REPORT_BYTES, STARTED, Order, Reply
+from .messages import EXITED, LOCKED, ORDER_FDS, READY, REFUSED, REPORT_BYTES, STARTED, Order, Program, Reply
 
 INIT_STACK_BYTES = 16 << 10
 MADV_COLLAPSE = 25
@@ -68,7 +68,7 @@ class Zygote:
         self._own_pid_ns = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc_fd)
         self._base_bytes = 0
         self._live: dict[int, Live] = {}
-        self._ending: dict[int, tuple[Init, Reply]] = {}
+        self._ending: dict[int, Init] = {}
         self._poll = select.epoll()
         self._poll.register(control, select.EPOLLIN)
 
@@ -128,13 +128,14 @@ class Zygote:
 
         In it a run sees no process but itself, so it can signal and trace nobody. It is not process 1 itself, as the
         kernel shields that one from its own signals (SIGSTOP, abort). Ending process 1 ends all that might be in the
-        namespace. It shares the zygote's memory (CLONE_VM) instead of copying it, and never runs anything but libc's
-        pause().
+        namespace. It shares the zygote's memory and descriptors instead of copying them, so that it holds none of the
+        run's open, and never runs anything but libc's pause().
         """
         _setns(self._own_pid_ns, "return to the zygote's pid namespace")
         stack = ctypes.create_string_buffer(INIT_STACK_BYTES)
         top = (ctypes.addressof(stack) + INIT_STACK_BYTES) & ~0xF
-        init_pid = _libc.clone(_PAUSE, top, lockdown.CLONE_NEWPID | lockdown.CLONE_VM | signal.SIGCHLD, None)
+        flags = lockdown.CLONE_NEWPID | lockdown.CLONE_VM | lockdown.CLONE_FILES | signal.SIGCHLD
+        init_pid = _libc.clone(_PAUSE, top, flags, None)
         lockdown.check(init_pid, "clone a pid namespace")
         init = Init(init_pid, os.pidfd_open(init_pid), stack)
         try:
@@ -145,43 +146,61 @@ class Zygote:
         return init
 
     def _reap(self, pidfd: int) -> None:
-        """A run has ended: take its status, and end its namespace."""
+        """A run has ended, its threads with it: end its namespace, and tell its status."""
         run = self._live.pop(pidfd)
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status, usage = os.wait4(run.pid, 0)
-        reply = Reply(EXITED, run.run_id, status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+        # Before the answer: with its first process the kernel ends all that might be in a namespace, though a run can
+        # start nothing that outlives it.
         os.kill(run.init.pid, signal.SIGKILL)
-        self._ending[run.init.pidfd] = run.init, reply
+        self._control.send(Reply(EXITED, run.run_id, status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss).pack())
+        self._ending[run.init.pidfd] = run.init
         self._poll.register(run.init.pidfd, select.EPOLLIN)
 
     def _finish(self, init_fd: int) -> None:
-        """A run's namespace is gone, and with it whatever might have been left in it: only now the run is over."""
-        init, reply = self._ending.pop(init_fd)
+        """A run's namespace is gone."""
+        init = self._ending.pop(init_fd)
         self._poll.unregister(init_fd)
         os.close(init_fd)
         os.waitpid(init.pid, 0)
-        self._control.send(reply.pack())
 
     def _become_run(self, order: Order, fds: list[int]) -> None:
-        """The child's whole life: locked down first, then the snippet. Never returns."""
-        code_fd, stdin_fd, stdout_fd, stderr_fd, report_fd, event_fd = fds
+        """The child's whole life: locked down first, then its program, if it gets one. Never returns."""
+        *streams, report_fd, line_fd = fds
         exit_code = SETUP_FAILED_EXIT
         report = None
         try:
             report = _libc.mmap(None, REPORT_BYTES, 3, 1, report_fd, 0)  # PROT_READ | PROT_WRITE, MAP_SHARED
-            source = os.pread(code_fd, os.fstat(code_fd).st_size, 0)
-            for target, fd in enumerate((stdin_fd, stdout_fd, stderr_fd)):
+            for target, fd in enumerate(streams):
                 os.dup2(fd, target)
-            # dup2 to 3 inside must not overwrite a descriptor that is still needed: the event itself is the only one.
-            memory = self._base_bytes + order.memory_bytes
-            lockdown.lock_down(self._proc_fd, self._program, event_fd, memory, order.cpu_s, order.tmp_bytes)
-            exit_code = snippet.run(source, echo=order.echo, seed=None if order.seed < 0 else order.seed, report=report)
+            lockdown.lock_down(self._proc_fd, self._program, line_fd, order.tmp_bytes)
+            module = snippet.prepare()
+            program = _receive_program()
+            lockdown.bound(self._base_bytes + program.memory_bytes, program.cpu_s)
+            seed = None if program.seed < 0 else program.seed
+            exit_code = snippet.run(module, program.source, echo=program.echo, seed=seed, report=report)
         except BaseException as error:
             if report is not None:
                 snippet.write_report(report, {"setup": f"{type(error).__name__}: {error}"})
         finally:
             os._exit(exit_code)
+
+
+def _receive_program() -> Program:
+    """Say that the lock-down is over, wait for the program, and close the line.
+
+    From here on the run is the snippet's: it has no way back to the gateway but its output, the report page and its
+    exit status.
+    """
+    os.write(lockdown.LINE, LOCKED)
+    parts = []
+    while part := os.read(lockdown.LINE, 1 << 16):
+        parts.append(part)
+    os.close(lockdown.LINE)
+    if not parts:  # a spare that is no longer needed
+        os._exit(0)
+    return Program.unpack(b"".join(parts))
 
 
 def _end_now(init: Init) -> None:

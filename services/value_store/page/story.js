@@ -45,17 +45,38 @@ function Updates({ entries }) {
   </div>`;
 }
 
+const PARTS = { prompt: "Prompt", generated: "Model", observation: "Tool output" };
+
+function Trajectory({ one }) {
+  const count = (many, word) => `${whole(many)} ${word}${many === 1 ? "" : "s"}`;
+  const told = [count(one.turns, "turn"), count(one.tool_calls.length, "tool call"), `ended by ${one.end_reason}`];
+  const tools = one.tool_calls.map((call) => `turn ${call.turn + 1}: ${call.status} in ${number(call.wall_s, 1)} s`);
+  return html`<details class="trajectory">
+    <summary>Reward ${number(one.reward, 2)}, version ${one.version}, ${told.join(", ")}, ${clock(one.finished_at_s)}</summary>
+    <p class="soft">${one.lease_id}; v̂ at the lease ${number(one.v_hat)}${tools.length > 0 && `; tools: ${tools.join(", ")}`}</p>
+    ${one.segments.map((part) => {
+      const title = `${PARTS[part.kind]}${part.version === null ? "" : `, version ${part.version}`}, ${count(part.tokens, "token")}`;
+      return html`<details open=${part.kind === "generated"}>
+        <summary class="soft">${title}</summary>
+        ${part.text === null ? html`<p class="soft">The tokenizer is not beside the value store, so the text cannot be shown.</p>` : html`<pre>${part.text}</pre>`}
+      </details>`;
+    })}
+  </details>`;
+}
+
 export function Story({ id }) {
-  const [story, setStory] = useState({ prompt: null, entries: [], trouble: null });
+  const [story, setStory] = useState({ prompt: null, entries: [], trajectories: [], trouble: null });
   useEffect(() => {
     let over = false;
     const ask = async () => {
-      const [prompt, history] = await Promise.all([getJson(`/v1/prompts/${id}`), getJson(`/v1/prompts/${id}/history`)]);
+      const parts = ["", "/history", "/trajectories"];
+      const [prompt, history, last] = await Promise.all(parts.map((part) => getJson(`/v1/prompts/${id}${part}`)));
       if (over) return;
       setStory((was) => ({
         prompt: prompt.body ?? was.prompt,
         entries: history.body ? [...history.body.entries].reverse() : was.entries,
-        trouble: prompt.trouble ?? history.trouble,
+        trajectories: last.body?.trajectories ?? was.trajectories,
+        trouble: prompt.trouble ?? history.trouble ?? last.trouble,
       }));
     };
     ask();
@@ -65,7 +86,7 @@ export function Story({ id }) {
       clearInterval(timer);
     };
   }, [id]);
-  const { prompt, entries, trouble } = story;
+  const { prompt, entries, trajectories, trouble } = story;
   return html`<section aria-label="A prompt's story" id="story">
     <h2>Prompt ${id}</h2>
     <p><a href="#/">All prompts</a></p>
@@ -82,5 +103,8 @@ export function Story({ id }) {
     ${entries.length > 0
       ? html`<h2>Value over visits</h2><${Chart} entries=${entries} /><h2>Updates</h2><${Updates} entries=${entries} />`
       : html`<p class="soft">No visits yet.</p>`}
+    <h2>Last trajectories</h2>
+    ${trajectories.length === 0 && html`<p class="soft">None of the run's newest is of this prompt.</p>`}
+    ${trajectories.map((one) => html`<${Trajectory} key=${one.lease_id} one=${one} />`)}
   </section>`;
 }

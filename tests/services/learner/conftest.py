@@ -36,12 +36,18 @@ def make_run(tiny: Path, redis_server: EmbeddedRedis, keys: Keys, tmp_path: Path
     """A run of the test's own name; further names for comparisons. No process outlives the test."""
     processes: list[subprocess.Popen[str]] = []
 
-    def make(suffix: str = "", run: dict[str, Any] | None = None, learner: dict[str, Any] | None = None) -> Run:
+    def make(
+        suffix: str = "",
+        run: dict[str, Any] | None = None,
+        learner: dict[str, Any] | None = None,
+        value_store: dict[str, Any] | None = None,
+    ) -> Run:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         name = keys.run + suffix
-        return Run(tmp_path, tiny, redis_server.url, name, port, run or {}, learner or {}, processes)
+        sections = (run or {}, learner or {}, value_store or {})
+        return Run(tmp_path, tiny, redis_server.url, name, port, *sections, processes)
 
     yield make
     for process in processes:

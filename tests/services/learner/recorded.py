@@ -104,6 +104,7 @@ class Run:
     port: int
     run: dict[str, Any] = field(default_factory=dict)
     learner: dict[str, Any] = field(default_factory=dict)
+    value_store: dict[str, Any] = field(default_factory=dict)
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -130,7 +131,7 @@ class Run:
             **self.learner,
         }
         path = self.folder / f"{self.name}.toml"
-        sections = (("run", run), ("learner", learner))
+        sections = (("run", run), ("learner", learner), ("value_store", self.value_store))
         lines = [
             f"[{title}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in body.items()) for title, body in sections
         ]
@@ -171,7 +172,7 @@ class Run:
         assert process.returncode == 0, output
         return output
 
-    def steps(self) -> list[dict[str, Any]]:
-        """The records of ``steps.jsonl``."""
-        path = self.folder / "runs" / self.name / "steps.jsonl"
+    def steps(self, file: str = "steps") -> list[dict[str, Any]]:
+        """The records of ``steps.jsonl``, or of another of the run's files."""
+        path = self.folder / "runs" / self.name / f"{file}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

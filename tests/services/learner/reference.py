@@ -46,3 +46,19 @@ def reference_normalise(raw: list[float], tokens: list[int], over: str) -> list[
     if len(spread) < 2:
         return [0.0] * len(raw)
     return [float((a - spread.mean()) / (spread.std(ddof=1) + 1e-8)) for a in raw]
+
+
+def reference_group(rewards: list[float], groups: list[int], by_std: bool) -> tuple[list[float], int]:
+    """Each reward less its group's mean, over its unbiased deviation, 0 where all are equal; how many groups are."""
+    members = {group: [r for r, g in zip(rewards, groups, strict=True) if g == group] for group in set(groups)}
+    flat = {group for group, inside in members.items() if len(set(inside)) == 1}
+
+    def one(reward: float, group: int) -> float:
+        inside = members[group]
+        if group in flat:
+            return 0.0
+        mean = math.fsum(inside) / len(inside)
+        spread = math.sqrt(math.fsum((r - mean) ** 2 for r in inside) / (len(inside) - 1))
+        return (reward - mean) / (spread + 1e-8) if by_std else reward - mean
+
+    return [one(reward, group) for reward, group in zip(rewards, groups, strict=True)], len(flat)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from services.learner import lora
 from services.learner.advantages import advantages, normalise
 from services.learner.drift import make_probe
-from services.learner.model import full_tensors
+from services.learner.model import full_tensors, parameters
 from services.learner.policy import Policy
 from services.learner.ranks import Ranks
 from services.learner.samples import to_sample
+from services.learner.updates import update
 from singlestream.config import LearnerConfig
 from tests.services.learner.recorded import trajectory
 
@@ -33,7 +35,7 @@ def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, A
         raw = advantages(np.array([s.reward for s in batch]), np.array([s.v_hat for s in batch]))
         scaled = normalise(raw, np.array([s.trained_tokens for s in batch]), "token")
         probe = make_probe(policy, batch[:4], batch, 1000)
-        result = policy.update(batch, scaled, step)
+        result = update(policy, batch, scaled, step, policy.settings.updates_per_batch)
         means = {name: value for name, value in result.means.items() if name != "entropy"}  # entropy is of a sample
         facts.append({"loss": result.loss, "grad_norm": result.grad_norm, "drift": probe.drift(), **means})
     tensors = {name: tensor.clone() for name, tensor in full_tensors(policy.model, torch.float32)}
@@ -43,6 +45,7 @@ def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, A
         "facts": facts,
         "refused": (refused.applied, refused.bad_leases, all(torch.equal(tensors[n], after[n]) for n in tensors)),
         "tensors": tensors,
+        "adapters": {n: p.detach().full_tensor() for n, p in parameters(policy.model) if lora.is_adapter(n)},
         "micro_batches": len(policy.micro_batches(batch)),
     }
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.learner.advantages import advantages, normalise
-from tests.services.learner.reference import reference_normalise
+from services.learner.advantages import advantages, group_advantages, normalise
+from tests.services.learner.reference import reference_group, reference_normalise
 
 REWARDS = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.99), st.integers(0, 40)), min_size=1, max_size=12)
 
@@ -55,3 +55,31 @@ def test_against_the_reference(rows: list[tuple[float, float, int]], over: str) 
     tokens = [n for _, _, n in rows]
     normal = normalise(np.array(raw), np.array(tokens), over)  # type: ignore[arg-type]
     np.testing.assert_allclose(normal, reference_normalise(raw, tokens, over), rtol=1e-6, atol=1e-6)
+
+
+def test_groups_by_hand() -> None:
+    """Rewards 1, 0, 0, 1: mean ½, unbiased deviation 0.57735. A group of one and a group of equals teach nothing."""
+    rewards = np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.3, 0.3])
+    groups = np.array(["a", "a", "b", "a", "a", "c", "c"])
+    result = group_advantages(rewards, groups, by_std=True)
+    assert result.raw_N.tolist() == [0.5, -0.5, 0.0, -0.5, 0.5, 0.0, 0.0]
+    assert result.scaled_N == pytest.approx([0.8660254, -0.8660254, 0, -0.8660254, 0.8660254, 0, 0], abs=1e-7)
+    assert (result.groups, result.degenerate) == (3, 2)
+    assert group_advantages(rewards, groups, by_std=False).scaled_N.tolist() == result.raw_N.tolist()
+
+
+def test_no_trajectories_have_no_groups() -> None:
+    result = group_advantages(np.array([]), np.array([], np.str_), by_std=True)
+    assert (result.groups, result.degenerate, len(result.scaled_N)) == (0, 0, 0)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1.0, 0.1, 0.7]), st.integers(0, 4)), min_size=1, max_size=24),
+    st.booleans(),
+)
+def test_groups_against_the_reference(rows: list[tuple[float, int]], by_std: bool) -> None:
+    rewards, groups = [reward for reward, _ in rows], [group for _, group in rows]
+    result = group_advantages(np.array(rewards), np.array([f"5f3a9c01:{group}" for group in groups]), by_std)
+    expected, degenerate = reference_group(rewards, groups, by_std)
+    np.testing.assert_allclose(result.scaled_N, expected, rtol=1e-6, atol=1e-9)
+    assert (result.groups, result.degenerate) == (len(set(groups)), degenerate)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +18,27 @@ from singlestream.config import load_config
 from singlestream.contracts import PolicyVersion, decode_as
 from singlestream.errors import CheckpointError
 from singlestream.streams import Keys
-from tests.services.learner.recorded import Run, record
+from tests.services.learner.recorded import ROOT, Run, record
 
 
-def test_an_export_loads_in_transformers_with_the_trained_weights(
-    sync_redis: Redis, keys: Keys, make_run: Callable[..., Run], tmp_path: Path
+def engine_logprobs(model: Path, tokens: list[int]) -> list[float]:
+    """Of a real vLLM engine, in a process of its own."""
+    command = [sys.executable, "-m", "tests.services.learner.vllm_worker", str(model), json.dumps(tokens)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    reply = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert reply.returncode == 0, reply.stderr
+    line = next(line for line in reply.stdout.splitlines() if line.startswith("logprobs "))
+    scores: list[float] = json.loads(line.removeprefix("logprobs "))
+    return scores
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
+def test_an_export_loads_in_transformers_and_in_vllm_with_the_trained_weights(
+    sync_redis: Redis, keys: Keys, make_run: Callable[..., Run], tmp_path: Path, adapters: bool
 ) -> None:
     record(sync_redis, keys, 16)
-    run = make_run(run={"total_steps": 2})
+    run = make_run(run={"total_steps": 2}, learner={"lora_rank": 4, "lr": 1e-2} if adapters else None)
     run.finish()
     out = tmp_path / "exported"
     checkpoint = export(load_config(run.config), out)
@@ -34,7 +51,14 @@ def test_an_export_loads_in_transformers_with_the_trained_weights(
     parameters = dict(loaded.named_parameters())
     for entry in manifest.tensors:
         data = published[entry.offset : entry.offset + entry.nbytes].view(np.float32).reshape(entry.shape)
-        assert np.array_equal(parameters[entry.name].detach().numpy(), data)
+        exported = parameters[entry.name].detach().numpy()
+        assert np.allclose(exported, data, rtol=0, atol=1e-6) if adapters else np.array_equal(exported, data)
+    if adapters:
+        tokens = list(range(20, 60))
+        with torch.no_grad():
+            scores = loaded(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        ours = scores.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+        assert engine_logprobs(out, tokens) == pytest.approx(ours, abs=1e-3)
     assert (
         AutoTokenizer.from_pretrained(out)("47*91=?").input_ids
         == AutoTokenizer.from_pretrained(run.model)("47*91=?").input_ids

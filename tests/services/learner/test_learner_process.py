@@ -179,13 +179,20 @@ def test_sigterm_while_waiting_leaves_a_checkpoint_and_ends_well(
     sync_redis: Redis, keys: Keys, make_run: MakeRun
 ) -> None:
     record(sync_redis, keys, 32, last=11)
-    run = make_run(learner={"checkpoint_every": 100, "wait_warn_s": 1.0})
+    run = make_run(run={"engine_dtype": "bfloat16"}, learner={"checkpoint_every": 100, "wait_warn_s": 1.0, "lr": 1e-6})
+    run.learner["weights_url"] = f"http://127.0.0.1:{run.port}"
     process = run.start()
     wait_until(lambda: state(sync_redis, keys) == "waiting", process)
     status = json.loads(sync_redis.get(keys.learner) or b"")
     assert status["waiting_for"] == "trajectories: 3 of 8 have arrived"
-    text = urllib.request.urlopen(f"http://127.0.0.1:{run.port}/metrics", timeout=10).read().decode()
-    assert "singlestream_learner_step 1.0" in text
+    metrics = f"http://127.0.0.1:{run.port}/metrics"  # written beside the loop, once the version is announced
+    wait_until(lambda: b"learner_step 1.0" in urllib.request.urlopen(metrics, timeout=10).read(), process)
+    manifest = versions(sync_redis, keys)[-1].manifest
+    served = urllib.request.urlopen(f"http://127.0.0.1:{run.port}/weights/{Path(manifest.path).name}", timeout=10)
+    assert served.read() == Path(manifest.path).read_bytes()
+    assert manifest.remote is not None
+    assert [(delta.base_version, delta.version) for delta in manifest.remote.deltas] == [(0, 1)]
+    assert 0 < run.steps()[0]["delta_ratio"] < 0.2, "few bfloat16 values move at a small learning rate"
     ready = urllib.request.urlopen(f"http://127.0.0.1:{run.port}/readyz", timeout=10)
     assert ready.status == 200
     time.sleep(1.5)

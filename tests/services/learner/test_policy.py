@@ -23,6 +23,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "padded-4": {"micro_batch_tokens": 130},
     "checkpointing": {"gradient_checkpointing": True, "logprob_chunk_tokens": 7},
 }
+LORA = {"lora_rank": 4, "lora_alpha": 12.0, "lora_targets": ["q_proj", "down_proj"], "lr": 1e-3}
 TWO_RANKS = {name: ONE_RANK[name] for name in ("padded", "packed-4")}
 MICRO_BATCHES = {"packed-4": 4, "padded-4": 4}
 
@@ -44,12 +45,12 @@ def run_steps(model: Path, out: Path, ranks: int, runs: dict[str, dict[str, Any]
 
 @pytest.fixture(scope="module")
 def one_rank(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_steps(tiny, tmp_path_factory.mktemp("steps") / "one.pt", 1, ONE_RANK)
+    return run_steps(tiny, tmp_path_factory.mktemp("steps") / "one.pt", 1, {**ONE_RANK, "lora": LORA})
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_steps(tiny, tmp_path_factory.mktemp("steps") / "two.pt", 2, TWO_RANKS)
+    return run_steps(tiny, tmp_path_factory.mktemp("steps") / "two.pt", 2, {**TWO_RANKS, "lora": LORA})
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -85,3 +86,23 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_lease(one_rank:
     for results in (one_rank, two_ranks):
         for result in results.values():
             assert result["refused"] == (False, [lease(1)], True)
+
+
+def test_adapters_alone_train_and_the_published_weights_are_merged(
+    one_rank: Results, two_ranks: Results, tiny: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    for results in (one_rank, two_ranks):
+        published, adapters = results["lora"]["tensors"], results["lora"]["adapters"]
+        assert published.keys() == base.keys() - {"lm_head.weight"}, "engines see the model's own names"
+        adapted = {name.removesuffix(".lora_A.default.weight") for name in adapters if ".lora_A." in name}
+        assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "down_proj"}
+        for name, tensor in published.items():
+            layer = name.removesuffix(".weight")
+            if layer not in adapted:
+                assert torch.equal(tensor, base[name])
+                continue
+            a, b = adapters[f"{layer}.lora_A.default.weight"], adapters[f"{layer}.lora_B.default.weight"]
+            torch.testing.assert_close(tensor, base[name] + 12.0 / 4 * (b @ a), rtol=0, atol=1e-6)
+            assert (tensor - base[name]).abs().max() > 1e-4
+    same(one_rank["lora"], two_ranks["lora"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import zlib
 from pathlib import Path
@@ -62,6 +63,22 @@ def random_policy(seed: int, *, tied: bool = True, scale: float = 3.0, eos: int 
     return model
 
 
+def negated_mlp(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """The same policy but for the sign of what its feed-forward layers add: another policy, and a small delta."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith("down_proj.weight"):
+                parameter.neg_()
+    return other
+
+
+def tensors_of(model: Qwen3ForCausalLM) -> dict[str, torch.Tensor]:
+    """What is published of a policy: a tied output layer goes with the embedding."""
+    tied = model.config.tie_word_embeddings
+    return {name: one for name, one in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
 def save_policy(model: Qwen3ForCausalLM, folder: Path, *, ends: bool = True) -> Path:
     model.save_pretrained(folder)
     character_tokenizer(ends=ends).save_pretrained(folder)
@@ -70,13 +87,10 @@ def save_policy(model: Qwen3ForCausalLM, folder: Path, *, ends: bool = True) -> 
 
 def write_weights(model: Qwen3ForCausalLM, path: Path, dtype: torch.dtype = torch.float32) -> WeightManifest:
     """Pack a policy into one file, as the learner does, and describe it."""
-    tied = model.config.tie_word_embeddings
     entries, offset = [], 0
     beside = path.with_suffix(".part")
     with beside.open("wb") as file:
-        for name, tensor in model.state_dict().items():
-            if tied and name == "lm_head.weight":
-                continue
+        for name, tensor in tensors_of(model).items():
             data = tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
             entry = TensorEntry(
                 name=name,

@@ -13,18 +13,22 @@ import pytest
 import pytest_asyncio
 import torch
 from redis.asyncio import Redis
+from transformers import Qwen3ForCausalLM
 
+from services.rollout import weight_fetch
 from services.rollout.engine import VllmEngine
 from services.rollout.generation import EngineDead, Generation, GenerationRequest
-from services.rollout.manifest import model_tensors
+from services.rollout.manifest import model_tensors, open_weights
 from services.rollout.metrics import Metrics
 from services.rollout.process_env import apply_engine_variables
+from services.rollout.weight_fetch import WeightFetcher
 from services.rollout.weights import WeightKeeper
 from singlestream.config import Config, RolloutConfig, RunConfig
-from singlestream.contracts import Sampling
+from singlestream.contracts import PolicyVersion, Sampling
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys, connect
-from tests.services.rollout import policies
+from tests.services.rollout import policies, weight_source
+from tests.services.rollout.weight_source import until
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -44,8 +48,15 @@ class Bench:
     def __init__(self, engine: VllmEngine, folder: Path, redis: Redis, keys: Keys, tied: bool) -> None:
         self.engine, self.folder, self.redis, self.keys = engine, folder, redis, keys
         self.policies = {seed: policies.random_policy(seed, tied=tied, eos=None) for seed in (1, 2)}
+        self.metrics = Metrics()
         self.keeper = WeightKeeper(
-            redis, keys, engine, model_tensors(folder / "model"), engine.config.rollout, Metrics()
+            redis,
+            keys,
+            engine,
+            model_tensors(folder / "model"),
+            engine.config.rollout,
+            self.metrics,
+            WeightFetcher(engine.config.run, self.metrics, 60.0),
         )
         self.version = 0
 
@@ -55,6 +66,16 @@ class Bench:
         manifest = policies.write_weights(self.policies[seed], self.folder / f"v{self.version}")
         await policies.publish(self.redis, self.keys, manifest, self.version, lineage=3)
         return self.version
+
+    async def announce(self, version: PolicyVersion) -> None:
+        """Announce what a learner on another machine has published, as the next version."""
+        self.version += 1
+        assert version.version == self.version
+        await policies.publish(self.redis, self.keys, version.manifest, version.version, version.lineage)
+
+    async def loaded(self, version: int, lineage: int) -> None:
+        """Wait for exactly this version: a lease's wait ends earlier where a later lineage is loaded."""
+        await until(lambda: self.engine.held == (version, lineage), f"version {version}.{lineage}", 60.0)
 
     def prompt(self, number: int) -> list[int]:
         return [20 + (7 * number + 3 * place) % 90 for place in range(12)]
@@ -79,7 +100,14 @@ async def bench(
     model = policies.random_policy(1, tied=request.param, eos=None)
     policies.save_policy(model, folder / "model", ends=False)
     config = Config(
-        run=RunConfig(name="engine", model=folder / "model", total_steps=1, engine_dtype="float32"),
+        run=RunConfig(
+            name="engine",
+            model=folder / "model",
+            total_steps=1,
+            engine_dtype="float32",
+            weights_dir=folder / "memory",
+            weights_token=weight_source.TOKEN,
+        ),
         rollout=RolloutConfig(
             slots=32, max_model_tokens=512, max_response_tokens=400, kv_cache_gib=0.25, cpu_threads=1
         ),
@@ -88,7 +116,7 @@ async def bench(
         patch.setenv("SINGLESTREAM_TEST", "1")
         apply_engine_variables(config)
     torch.set_num_threads(1)
-    engine = VllmEngine(config, "bench", policies.character_tokenizer(ends=False))
+    engine = VllmEngine(config, "bench", policies.character_tokenizer(ends=False), Metrics())
     await engine.start()
     redis = connect(redis_server.url)
     one = Bench(engine, folder, redis, Keys(f"engine{int(request.param)}"), request.param)
@@ -117,22 +145,121 @@ async def test_every_token_matches_the_version_it_names(bench: Bench) -> None:
     await bench.sampled(40)
     new = await bench.publish(2)
     await bench.keeper.ensure(new, 3)
+    assert await check_tokens(bench, running, {old: bench.policies[1], new: bench.policies[2]}) >= 8
+
+
+Policies = dict[int, Qwen3ForCausalLM]
+
+
+async def check_tokens(bench: Bench, running: list[asyncio.Task[Generation]], by: Policies) -> int:
+    """Compare every token with the policy of the version it names, older first; returns how many crossed over."""
+    old, new = by
     crossed = 0
     for number, generation in enumerate([await one for one in running]):
         assert len(generation.token_ids) == len(generation.logprobs) == TOKENS
         assert generation.finish == "length"
-        assert {span.lineage for span in generation.spans} == {3}
         spans = spans_of(generation)
         assert set(spans) <= {old, new}
         switch = spans[old][1] if old in spans else 0
         crossed += 0 < switch < TOKENS
         ids = bench.prompt(number) + generation.token_ids
         told = torch.tensor(generation.logprobs)
-        right = policies.reference_logprobs(bench.policies[1], bench.policies[2], ids, 12, switch)
-        wrong = policies.reference_logprobs(bench.policies[2], bench.policies[1], ids, 12, switch)
+        right = policies.reference_logprobs(by[old], by[new], ids, 12, switch)
+        wrong = policies.reference_logprobs(by[new], by[old], ids, 12, switch)
         assert (told - right).abs().max() < SAME
         assert (told - wrong).abs().mean() > DIFFERENT
-    assert crossed >= 8
+    return crossed
+
+
+async def test_the_same_with_a_delta_from_another_machine(
+    bench: Bench, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner's own publisher and HTTP server: whole file first, a delta in the middle of running generations."""
+    monkeypatch.setattr(weight_fetch, "BACKOFF_S", 0.01)
+    before, after = bench.policies[1], policies.negated_mlp(bench.policies[1])
+    run = f"source{bench.folder.name}"
+    with weight_source.source(bench.folder, redis_server.url, run, dtype="float32") as source:
+        first = bench.version + 1
+        await bench.announce(await asyncio.to_thread(source.publish, first, policies.tensors_of(before)))
+        await bench.loaded(first, 1)
+        running = [bench.start(number) for number in range(STREAMS)]
+        await bench.sampled(40)
+        await bench.announce(await asyncio.to_thread(source.publish, first + 1, policies.tensors_of(after)))
+        await bench.loaded(first + 1, 1)
+        assert await check_tokens(bench, running, {first: before, first + 1: after}) >= 8
+        kinds = {kind: bench.metrics.fetches.labels(kind)._value.get() for kind in ("full", "delta")}
+        assert kinds == {"full": 1, "delta": 1}
+        assert source.publisher.delta_ratio is not None and source.publisher.delta_ratio < 0.2
+
+        # what cannot be fetched is refused, and the engine goes on with what it has
+        published = await asyncio.to_thread(source.publish, first + 2, policies.tensors_of(bench.policies[2]))
+        for file in source.publisher.folder.glob(f"v{first + 2:08d}-*"):
+            damage(file, file.stat().st_size // 2)
+        await bench.announce(published)
+        await until(lambda: "checksum differs" in bench.keeper.last_error, "the damaged file to be refused")
+        assert bench.engine.held == (first + 1, 1)
+        assert (await bench.start(1)).finish == "length"
+        published = await asyncio.to_thread(source.publish, first + 3, policies.tensors_of(before))
+        await bench.announce(published)
+        await bench.loaded(first + 3, 1)
+    # the learner is away: nothing changes, until it is back and publishes again
+    away = published.model_copy(update={"version": first + 4})
+    await bench.announce(away)
+    await until(lambda: "without progress" in bench.keeper.last_error, "the fetch to be given up", 60.0)
+    assert bench.engine.held == (first + 3, 1)
+    assert (await bench.start(1)).finish == "length"
+    back = await bench.publish(1)
+    await bench.keeper.ensure(back, 3)
+
+
+async def test_with_clear_cache_what_is_running_is_computed_again_under_the_new_weights(bench: Bench) -> None:
+    settings = bench.keeper.settings
+    old = await bench.publish(1)
+    await bench.keeper.ensure(old, 3)
+    running = [bench.start(number) for number in range(4)]
+    await bench.sampled(40)
+    bench.keeper.settings = settings.model_copy(update={"clear_cache": True})
+    new = await bench.publish(2)
+    await bench.keeper.ensure(new, 3)
+    bench.keeper.settings = settings
+    crossed = 0
+    for number, generation in enumerate([await one for one in running]):
+        spans = spans_of(generation)
+        switch = spans[old][1] if old in spans else 0
+        crossed += 0 < switch < TOKENS
+        ids = bench.prompt(number) + generation.token_ids
+        told = torch.tensor(generation.logprobs)
+        apart = [policies.reference_logprobs(one, one, ids, 12, 1) for one in (bench.policies[1], bench.policies[2])]
+        assert (told - torch.cat([apart[0][:switch], apart[1][switch:]])).abs().max() < SAME
+    assert crossed >= 2
+
+
+async def test_a_refresh_loads_what_is_held_once_more(bench: Bench) -> None:
+    held = await bench.publish(1)
+    await bench.keeper.ensure(held, 3)
+    loaded = bench.metrics.updates.labels("loaded")._value
+    before = loaded.get()
+    await bench.keeper.refresh()
+    await until(lambda: loaded.get() == before + 1, "the version to be loaded again")
+    assert bench.engine.held == (held, 3)
+
+
+async def test_a_part_of_a_fused_layer_that_is_not_what_was_published_is_found(bench: Bench) -> None:
+    """The engine holds version n; compared with a file in which one k_proj, or one row of the output layer, differs."""
+    held = bench.policies[1]
+    await bench.keeper.ensure(await bench.publish(1), 3)
+    names = ["model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"]
+    for name in names:
+        other = policies.random_policy(1, tied=held.config.tie_word_embeddings, eos=None)
+        with torch.no_grad():
+            other.get_parameter(name)[-1] += 0.5
+        manifest = policies.write_weights(other, bench.folder / "other")
+        found = pytest.raises(Exception, match=f"{name} differs from the published file")
+        with open_weights(manifest) as weights, found:
+            await bench.engine.llm.collective_rpc("verify_weights", args=(weights.update,))
+    with open_weights(policies.write_weights(held, bench.folder / "other")) as weights:
+        [(compared, left_out)] = await bench.engine.llm.collective_rpc("verify_weights", args=(weights.update,))
+    assert (compared, left_out) == (len(weights.manifest.tensors), [])
 
 
 async def test_a_later_request_finds_no_prefix_of_an_older_policy(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from services.rollout.observations import truncate
 from services.rollout.tools import SandboxTools
 from singlestream.config import RolloutConfig
 from singlestream.contracts import Lease, Progress
-from singlestream.errors import SandboxError
+from singlestream.errors import ConfigError, SandboxError
 from tests.services.rollout.policies import character_tokenizer
 from tests.services.rollout.scripted import ScriptedEngine, ScriptedSandbox, lease
 
@@ -269,6 +269,24 @@ def test_environments_pose_the_question() -> None:
         assert prompt.endswith("<|im_start|>assistant\n")
     asked = make_environment("math_python", TOKENIZER).prompt("Q")
     assert asked.index("<interpreter>") < asked.index("*user question:*\nQ") < asked.index("\\boxed{")
+
+
+async def test_an_environment_of_a_users_own_by_its_path() -> None:
+    path = "tests.services.rollout.guessing:Guessing"
+    said = ["<guess>50</guess>", "<guess>75</guess>", "<guess>62</guess>"]
+    case = Case(said, lease(question="1 to 100?", answer="62", environment=path))
+    # the scripted engine tells turns apart by observations, which are this environment's own here
+    case.engine._place = lambda request: (len(case.engine.requests) - 1, "")  # type: ignore[method-assign]
+    finished = await case.finish()
+    assert (finished.end_reason, finished.turns) == ("stop", 3)
+    assert text_of(finished) == "<guess>50</guess>\nhigher\n<guess>75</guess>\nlower\n<guess>62</guess>"
+    assert await case.environment.grade(finished.response) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("path", ["no.such:Class", "tests.services.rollout.guessing:No", "operator:truth"])
+def test_a_path_that_is_no_environment_is_a_setting_error(path: str) -> None:
+    with pytest.raises(ConfigError, match="environment"):
+        make_environment(path, TOKENIZER)
 
 
 async def test_wall_time_counts_from_the_first_attempt() -> None:

@@ -1,20 +1,14 @@
-"""Replicas under Ray Serve with real engines: one is killed, one is frozen, all are stopped; every lease ends once."""
+"""Replicas under Ray Serve with real engines: killed, frozen, scaled away, drained, stopped; every lease ends once."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
+import re
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,93 +16,15 @@ import openai
 import psutil
 import pytest
 import pytest_asyncio
-from redis.asyncio import Redis
 
-from singlestream.contracts import Lease, Sampling, Trajectory, decode, encode
-from singlestream.embedded_redis import EmbeddedRedis
-from singlestream.streams import Keys, connect
-from tests.services.rollout import policies
+from singlestream.contracts import Lease, decode
+from tests.services.rollout.service import RESPONSE_TOKENS, Service, running
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[3]
-SLOTS = 4
-MANY = 160
+MANY = 80
 """Leases for many rounds of all slots: whenever a replica is touched, it has some in its hands."""
-RESPONSE_TOKENS = 400
-START_S = 240.0
 LEASE_TIMEOUT_S = 4.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-class Service:
-    """`python -m services.rollout` with its own Redis."""
-
-    def __init__(self, folder: Path, redis: Redis, keys: Keys, port: int, process: subprocess.Popen[bytes]) -> None:
-        self.folder, self.redis, self.keys, self.port, self.process = folder, redis, keys, port, process
-        self.leases = 0
-
-    async def publish(self, seed: int, version: int) -> None:
-        manifest = policies.write_weights(policies.random_policy(seed, eos=None), self.folder / f"v{version}")
-        await policies.publish(self.redis, self.keys, manifest, version)
-
-    async def scale(self, replicas: int) -> None:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=60) as client:
-            assert (await client.put("/v1/scale", json={"replicas": replicas})).status_code == 200
-
-    async def add(self, count: int, version: int) -> tuple[int, int]:
-        """Leases of long generations (the policy never ends); returns the first number and that after the last."""
-        for _ in range(count):
-            self.leases += 1
-            one = Lease(
-                lease_id=f"train:0000abcd:{self.leases}",
-                prompt_id=f"p{self.leases}",
-                question="".join(chr(97 + (self.leases * 7 + place) % 26) for place in range(30)),
-                answer="7",
-                environment="single_turn",
-                v_hat=0.5,
-                version=version,
-                lineage=1,
-                sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0),
-                issued_at_s=time.time(),
-            )
-            entry = await self.redis.xadd(self.keys.leases("train"), {"id": one.lease_id, "m": encode(one)})
-            await self.redis.hset(self.keys.live, one.lease_id, entry)
-        return self.leases - count + 1, self.leases + 1
-
-    async def reports(self) -> dict[str, dict[str, Any]]:
-        """What the replicas say, by name."""
-        told = await self.redis.hgetall(self.keys.replicas)
-        return {name.decode(): json.loads(value) for name, value in told.items()}
-
-    async def busy(self, count: int = 1) -> Any:
-        """Wait for so many fresh replicas that all have episodes running."""
-        return await self.until(lambda told: {n: r for n, r in told.items() if r["in_use"]}, count, "busy replicas")
-
-    async def until(self, choose: Any, count: int, what: str, deadline_s: float = START_S) -> Any:
-        started = time.monotonic()
-        while True:
-            fresh = {n: r for n, r in (await self.reports()).items() if time.time() - r["at_s"] < 5}
-            if len(chosen := choose(fresh)) >= count:
-                return chosen
-            assert self.process.poll() is None, "the service ended"
-            assert time.monotonic() - started < deadline_s, f"waited for {count} {what}: {await self.reports()}"
-            await asyncio.sleep(0.2)
-
-    async def ended(self, count: int, deadline_s: float = 120.0) -> list[Trajectory]:
-        started = time.monotonic()
-        while await self.redis.xlen(self.keys.trajectories) < count:
-            assert time.monotonic() - started < deadline_s, f"{await self.redis.xlen(self.keys.trajectories)} ended"
-            await asyncio.sleep(0.2)
-        entries = await self.redis.xrange(self.keys.trajectories)
-        messages = [decode(fields[b"m"]) for _, fields in entries]
-        assert all(isinstance(message, Trajectory) for message in messages)
-        return messages  # type: ignore[return-value]
 
 
 def pid_of(replica: str) -> int:
@@ -123,47 +39,8 @@ def engine_processes(replica: str) -> list[psutil.Process]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     folder = tmp_path_factory.mktemp("replicas")
-    model = policies.save_policy(policies.random_policy(1, eos=None), folder / "model", ends=False)
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="ss-") as socket_folder:
-        server = EmbeddedRedis(Path(socket_folder), fsync="no")
-        server.start()
-        settings = {
-            "SINGLESTREAM_RUN__NAME": "replicas",
-            "SINGLESTREAM_RUN__MODEL": str(model),
-            "SINGLESTREAM_RUN__TOTAL_STEPS": "1",
-            "SINGLESTREAM_RUN__REDIS_URL": server.url,
-            "SINGLESTREAM_RUN__ENGINE_DTYPE": "float32",
-            "SINGLESTREAM_ROLLOUT__PORT": str(port),
-            "SINGLESTREAM_ROLLOUT__REPLICAS": "1",
-            "SINGLESTREAM_ROLLOUT__SLOTS": str(SLOTS),
-            "SINGLESTREAM_ROLLOUT__MAX_MODEL_TOKENS": "500",
-            "SINGLESTREAM_ROLLOUT__MAX_RESPONSE_TOKENS": str(RESPONSE_TOKENS),
-            "SINGLESTREAM_ROLLOUT__LEASE_TIMEOUT_S": str(LEASE_TIMEOUT_S),
-            "SINGLESTREAM_ROLLOUT__KV_CACHE_GIB": "0.1",
-            "SINGLESTREAM_ROLLOUT__CPU_THREADS": "1",
-        }
-        (folder / "run.toml").write_text("")
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(  # noqa: ASYNC220  a fixture may wait
-                [sys.executable, "-m", "services.rollout", "--config", str(folder / "run.toml")],
-                cwd=ROOT,
-                env={**os.environ, **settings, "PYTHONPATH": str(ROOT)},
-                stdout=log,
-                stderr=log,
-            )
-        redis = connect(server.url)
-        one = Service(folder, redis, Keys("replicas"), port, process)
-        await one.publish(1, 0)
+    async with running(folder, replicas=1, max_replicas=2, lease_timeout_s=LEASE_TIMEOUT_S) as one:
         yield one
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        process.kill()
-        process.wait()
-        print((folder / "log").read_text(errors="replace")[-20_000:])
-        await redis.aclose()
-        server.stop()
 
 
 async def test_a_second_replica_joins_and_loads_the_newest_weights_first(service: Service) -> None:
@@ -173,10 +50,12 @@ async def test_a_second_replica_joins_and_loads_the_newest_weights_first(service
     await service.publish(2, 1)
     await service.scale(2)
     await service.until(lambda told: set(told) - {alone}, 1, "new replicas")
-    await service.add(12, 1)
+    await service.add(12, 1, question="the same for all")
     ended = (await service.ended(16))[4:]
     assert len({s.replica for one in ended for s in one.segments[1:]}) == 2
     assert {s.version for one in ended for s in one.segments[1:]} == {1}
+    # each replica samples with a seed of its own
+    assert len({tuple(one.segments[1].token_ids.tolist()) for one in ended}) == 12
 
 
 async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> None:
@@ -208,6 +87,80 @@ async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> 
     assert {s.version for one in ended for s in one.segments if s.version is not None} == {1}
     newcomers = {s.replica for one in ended for s in one.segments if s.replica} - {killed, frozen}
     assert newcomers
+
+
+async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) -> None:
+    await service.until(lambda told: told, 1, "replicas")
+    before = await service.redis.xlen(service.keys.trajectories)
+    [address] = re.findall(r"nodes join it at (\S+)", (service.folder / "log").read_text())
+    # the service's Ray asks for its token, which lies in the user's home
+    environment = {"SINGLESTREAM_ROLLOUT__RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}
+    node = service.start("node.log", "services.rollout", "--node", **environment)
+    try:
+        await service.scale(3)
+        here = socket.gethostname()
+        [guest] = await service.until(
+            lambda told: [name for name, report in told.items() if report["node"] != here],
+            1,
+            "replicas on the new node",
+        )
+        first, last = await service.add(24, 0)
+        while not (await service.reports())[guest]["in_use"]:
+            await asyncio.sleep(0.05)
+        node.send_signal(signal.SIGTERM)
+        while guest in await service.reports():  # all stay busy until it has signed off
+            assert node.poll() is None, (service.folder / "node.log").read_text()
+            if await service.redis.xlen(service.keys.leases("train")) < 16:
+                _, last = await service.add(4, 0)
+            await asyncio.sleep(0.05)
+        ended = (await service.ended(before + last - first))[before:]
+        assert await asyncio.to_thread(node.wait, 60) == 0
+    finally:
+        node.kill()
+        node.wait()
+        print((service.folder / "node.log").read_text())
+    assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in range(first, last))
+    assert all(one.attempts == 1 for one in ended)
+    carried = [one for one in ended if guest in {s.replica for s in one.segments} and len(one.segments) > 2]
+    assert carried
+    assert all(sum(len(s.token_ids) for s in one.segments[1:]) == RESPONSE_TOKENS for one in carried)
+    assert await service.redis.hlen(service.keys.draining) == 0
+
+
+async def test_a_session_stays_with_its_replica(service: Service) -> None:
+    await service.until(lambda told: told, 2, "replicas")
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}", timeout=60) as client:
+        answered: dict[str, set[str]] = {}
+        for _ in range(5):
+            for session in map(str, range(12)):
+                reply = await client.get("/healthz", headers={"X-Session-Id": session})
+                answered.setdefault(session, set()).add(reply.json()["replica"])
+    assert all(len(replicas) == 1 for replicas in answered.values())
+    assert len(set.union(*answered.values())) == 2
+
+
+async def test_every_replica_hears_the_operator(service: Service) -> None:
+    both = set(await service.until(lambda told: told, 2, "replicas"))
+    before = await service.redis.xlen(service.keys.trajectories)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}", timeout=60) as client:
+
+        async def control(action: str) -> list[dict[str, Any]]:
+            reply = await client.post("/v1/control", json={"action": action})
+            assert reply.status_code == 200, reply.text
+            return list(reply.json()["replicas"])
+
+        told = await control("pause")
+        assert {one["replica"] for one in told} == both
+        assert all(one["paused"] for one in told)
+        await asyncio.sleep(1.5)  # a take that was under way has ended
+        await service.add(4, 0)
+        await asyncio.sleep(1.5)
+        assert await service.redis.xlen(service.keys.trajectories) == before
+        assert not any(one["in_use"] for one in (await service.reports()).values())
+        assert not any(one["paused"] for one in await control("resume"))
+        await service.ended(before + 4)
+        assert {one["version"] for one in await control("refresh")} == {1}
+        assert (await client.post("/v1/control", json={"action": "explode"})).status_code == 422
 
 
 async def test_a_replica_that_is_scaled_away_hands_over(service: Service) -> None:

@@ -83,6 +83,29 @@ def test_a_bad_row_is_named(text: str, says: str, tmp_path: Path, capsys: pytest
     assert says in capsys.readouterr().err
 
 
+def test_a_row_with_an_empty_answer_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": "Q", "answer": ""}, {"question": "R", "answer": "A"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["question_answer", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    assert [json.loads(line)["question"] for line in (tmp_path / "out").read_text().splitlines()] == ["R"]
+    assert "1 rows left out, the first: question_answer, row 1: an empty answer" in capsys.readouterr().err
+
+
+def test_tasks_of_reasoning_gym_by_name(tmp_path: Path) -> None:
+    assert main(["reasoning_gym:basic_arithmetic:5:1", "--out", str(tmp_path / "out")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert {(row["environment"], row["source"]) for row in rows} == {
+        ("reasoning_gym", "reasoning_gym/basic_arithmetic")
+    }
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize("name", ["no_such", "reasoning_gym:basic_arithmetic", "reasoning_gym:no_such:1:1"])
+def test_an_unknown_name_is_told(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--out", str(tmp_path / "out")]) == 2
+    assert name.split(":")[0] in capsys.readouterr().err
+
+
 def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.csv").write_text("a,b")
     assert main(["gsm8k", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "out")]) == 2

@@ -19,8 +19,10 @@ from redis.asyncio import Redis
 from services.rollout.environments import make_environment
 from services.rollout.generation import EngineDead, Generation, GenerationRequest
 from services.rollout.graders import Response
+from services.rollout.lease_run import LeaseRunner
 from services.rollout.manifest import ModelTensors
 from services.rollout.metrics import Metrics
+from services.rollout.node import handed_over
 from services.rollout.tools import SandboxTools
 from services.rollout.weights import WeightKeeper
 from services.rollout.worker import RolloutWorker
@@ -55,6 +57,14 @@ def not_a_number(_: Response) -> float:
     return math.nan
 
 
+released: list[asyncio.Event] = []
+
+
+async def waits(_: Response) -> float:
+    await released[-1].wait()
+    return 1.0
+
+
 def manifest(folder: Path, name: str = "weights") -> WeightManifest:
     path = folder / name
     path.write_bytes(BYTES)
@@ -85,8 +95,7 @@ class Site:
         )
         client, metrics = redis or self.redis, Metrics()
         keeper = WeightKeeper(client, self.keys, engine, ModelTensors({"w": (1,)}, False), settings, metrics)
-        return RolloutWorker(
-            name,
+        runner = LeaseRunner(
             LeaseConsumer(client, self.keys, name),
             engine,
             keeper,
@@ -96,6 +105,7 @@ class Site:
             settings,
             metrics,
         )
+        return RolloutWorker(runner, f"node of {name}")
 
     async def _healthy(self) -> bool:
         return self.tools_are_healthy
@@ -158,7 +168,7 @@ async def test_two_workers_end_every_lease_once(site: Site) -> None:
         ended = await site.until_ended(40)
         assert {*map(str, await site.redis.hkeys(site.keys.replicas))} == {"b'a'", "b'b'"}
         report = json.loads(await site.redis.hget(site.keys.replicas, "a"))
-        assert set(report) == {"slots", "in_use", "version", "lineage", "at_s"}
+        assert set(report) == {"node", "slots", "in_use", "version", "lineage", "pinned", "at_s"}
     assert Counter(one.lease_id for one in ended) == Counter(one.lease_id for one in leases)  # type: ignore[attr-defined]
     assert all(isinstance(one, Trajectory) and one.reward == 1.0 and one.turns == 2 for one in ended)
     assert {s.replica for one in ended for s in one.segments[1:] if s.replica} == {"a", "b"}  # type: ignore[attr-defined]
@@ -180,16 +190,18 @@ async def test_never_more_leases_than_slots(site: Site) -> None:
         assert sum(one["pending"] for one in pending) == 3
 
 
-async def test_evaluation_holds_at_most_its_share(site: Site) -> None:
-    await site.add(*(lease(lease_id=f"evaluate:0000abcd:{n}") for n in range(1, 9)))
-    engine = ScriptedEngine(TOKENIZER, [BOX], stall=(0, 3))
-    async with Working(site.worker("a", engine, slots=6, evaluation_share=0.5)) as worker:
-        await until(lambda: _true(len(worker.running) == 3), "three running evaluations")
-        await asyncio.sleep(1.2)
-        assert len(worker.running) == 3
-        await site.add(*(lease(n) for n in range(1, 9)))
-        await until(lambda: _true(len(worker.running) == 6), "training in the other slots")
-        assert Counter(one.held.lease.purpose for one in worker.running.values()) == {"evaluate": 3, "train": 3}
+async def test_a_sampled_episode_leaves_its_slot_before_it_is_graded(site: Site) -> None:
+    released.append(asyncio.Event())
+    await site.add(*(lease(n, environment=f"tiny_tool/{__name__}:waits") for n in range(1, 5)))
+    engine = ScriptedEngine(TOKENIZER, [BOX])
+    async with Working(site.worker("a", engine, slots=1)) as worker:
+        await until(lambda: _true(len(engine.requests) == 2), "the second episode, while the first is graded")
+        await asyncio.sleep(0.5)
+        assert len(engine.requests) == len(worker.running) == 2  # and no third: graders are waited for in the end
+        assert worker.report()["in_use"] == 0
+        assert await site.ended() == []
+        released[-1].set()
+        await site.until_ended(4)
 
 
 async def _true(value: bool) -> bool:
@@ -213,6 +225,35 @@ async def test_a_stopped_worker_hands_over_and_another_goes_on(site: Site) -> No
         assert [len(s.token_ids) for s in one.segments if s.kind == "generated"][1] == 4
         assert (one.reward, one.attempts, one.turns, len(one.tool_calls)) == (1.0, 1, 2, 1)
     assert len(site.sandbox.ran) == ran
+
+
+async def test_a_draining_node_hands_over_and_takes_nothing_any_more(site: Site) -> None:
+    await site.add(lease(1))
+    engine = ScriptedEngine(TOKENIZER, [BOX], stall=(0, 4))
+    worker = site.worker("a", engine)
+    working = asyncio.create_task(worker.run())
+    await engine.stalled.wait()
+    assert await handed_over(site.redis, site.keys, worker.node, deadline_s=30.0)
+    await asyncio.wait_for(working, 20)
+    # whoever is started there again, as by Serve, sees the mark before it takes a lease
+    again = site.worker("a2", ScriptedEngine(TOKENIZER, [BOX]))
+    again.node = worker.node
+    await asyncio.wait_for(again.run(), 20)
+    assert await site.ended() == []
+    async with Working(site.worker("b", ScriptedEngine(TOKENIZER, [BOX]))):
+        [ended] = await site.until_ended(1)
+    assert isinstance(ended, Trajectory)
+    first = ended.segments[1]
+    assert (first.replica, len(first.token_ids)) == ("a", 4)
+    assert {s.replica for s in ended.segments[1:]} == {"a", "b"}
+
+
+async def test_a_replica_that_does_not_sign_off_is_not_waited_for_longer(site: Site) -> None:
+    report = {"node": "n", "at_s": time.time() + 60}
+    await site.redis.hset(site.keys.replicas, "hung", json.dumps(report))
+    assert not await handed_over(site.redis, site.keys, "n", deadline_s=0.5)
+    await site.redis.hset(site.keys.replicas, "hung", json.dumps(report | {"at_s": time.time() - 60}))
+    assert await handed_over(site.redis, site.keys, "n", deadline_s=30.0)
 
 
 async def test_a_fault_of_the_sandbox_costs_an_attempt_and_its_end_is_named(site: Site) -> None:

@@ -19,6 +19,7 @@ import psutil
 SECRET = "hunter2-not-for-snippets"  # noqa: S105
 """In the gateway's environment and in a file that it can read; no output may ever hold it."""
 START_DEADLINE_S = 60.0
+SETTLE_DEADLINE_S = 30.0
 
 
 class Gateway:
@@ -114,11 +115,23 @@ class Gateway:
         """Resident memory of the gateway itself."""
         return psutil.Process(self.process.pid).memory_info().rss
 
-    def wait_idle(self, processes: int, deadline_s: float = 20.0) -> None:
-        """Wait until no run is left; asserts that none stays."""
-        until_s = time.monotonic() + deadline_s
-        while len(self.descendants()) != processes:
-            assert time.monotonic() < until_s, [(p.pid, p.status(), p.cmdline()[:2]) for p in self.descendants()]
+    def footprint(self) -> tuple[int, int]:
+        """Processes below the gateway and its open files, once they stay the same: spare jails may still be opened."""
+        until_s = time.monotonic() + SETTLE_DEADLINE_S
+        found, since_s = (0, 0), time.monotonic()
+        while time.monotonic() - since_s < 0.3:
+            assert time.monotonic() < until_s, f"the gateway does not come to rest: {found}"
+            if (now := (len(self.descendants()), self.open_files())) != found:
+                found, since_s = now, time.monotonic()
+            time.sleep(0.01)
+        return found
+
+    def wait_idle(self, footprint: tuple[int, int]) -> None:
+        """Wait until no run is left; asserts that no process and no open file of one stays."""
+        until_s = time.monotonic() + SETTLE_DEADLINE_S
+        while (now := (len(self.descendants()), self.open_files())) != footprint:
+            processes = [(p.pid, p.status(), p.cmdline()[:2]) for p in self.descendants()]
+            assert time.monotonic() < until_s, (now, footprint, processes)
             time.sleep(0.01)
 
     def stop(self) -> int:

@@ -178,13 +178,13 @@ def test_memory_takes_slots(narrow: Gateway) -> None:
 
 
 def test_a_run_dies_with_its_caller(narrow: Gateway) -> None:
-    idle = len(narrow.descendants())
+    at_rest = narrow.footprint()
     body = json.dumps({"code": "import time; time.sleep(60)", "timeout_s": 60}).encode()
     with socket.create_connection(("127.0.0.1", narrow.port)) as caller:
         caller.sendall(b"POST /v1/execute HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         wait_for_metric(narrow, "used_slots", 1)
     wait_for_metric(narrow, "used_slots", 0)
-    narrow.wait_idle(idle)
+    narrow.wait_idle(at_rest)
 
 
 def test_a_waiting_request_leaves_the_queue_with_its_caller(narrow: Gateway) -> None:

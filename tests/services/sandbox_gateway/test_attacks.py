@@ -69,13 +69,12 @@ def servers() -> Iterator[CanaryServers]:
 
 
 @pytest.fixture(scope="module")
-def processes_when_idle(gateway: Gateway) -> int:
-    return len(gateway.descendants())
+def at_rest(gateway: Gateway) -> tuple[int, int]:
+    return gateway.footprint()
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_contained(gateway: Gateway, servers: CanaryServers, processes_when_idle: int, attack: Attack) -> None:
-    files_before = gateway.open_files()
+def test_contained(gateway: Gateway, servers: CanaryServers, at_rest: tuple[int, int], attack: Attack) -> None:
     code = attack.code.replace("CANARY_PORT", str(servers.port)).replace("CANARY_ABSTRACT", servers.abstract_name)
     result = gateway.run(code, **{"timeout_s": 20, **attack.request})
 
@@ -84,8 +83,7 @@ def test_contained(gateway: Gateway, servers: CanaryServers, processes_when_idle
         assert result["stdout"] == attack.stdout, result
     assert SECRET not in json.dumps(result)
     servers.assert_not_reached()
-    gateway.wait_idle(processes_when_idle)
-    assert gateway.open_files() == files_before
+    gateway.wait_idle(at_rest)
     assert gateway.http.get("/readyz").status_code == 200
     after = gateway.run(CLEAN, timeout_s=30)
     assert (after["status"], json.loads(after["stdout"] or "null")) == ("ok", CLEAN_FACTS), after

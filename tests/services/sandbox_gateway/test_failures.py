@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -15,10 +17,14 @@ import pytest
 from tests.services.sandbox_gateway.gateway import Gateway
 
 BACK_WITHIN_S = 2.0
-SLACK = 3.0
+SLACK = 10.0
 """Tests must not depend on the machine's speed: the aim of two seconds is what the benchmark reports, this is the
 bound.
 """
+
+
+NAMED = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'snippet', 0, 0, 0)\n"
+"""Lets the tests tell a run from the zygote and from the jails that wait for a program."""
 
 
 def busy(gateway: Gateway, answers: list[httpx.Response | httpx.TransportError], count: int) -> list[threading.Thread]:
@@ -29,7 +35,7 @@ def busy(gateway: Gateway, answers: list[httpx.Response | httpx.TransportError],
             answers.append(
                 httpx.post(
                     f"{gateway.url}/v1/execute",
-                    json={"code": "import time; time.sleep(30)", "timeout_s": 40},
+                    json={"code": f"{NAMED}time.sleep(30)", "timeout_s": 40},
                     timeout=60,
                 )
             )
@@ -40,11 +46,22 @@ def busy(gateway: Gateway, answers: list[httpx.Response | httpx.TransportError],
     for thread in threads:
         thread.start()
     until_s = time.monotonic() + 20
-    while gateway.metric("singlestream_sandbox_used_slots") < count:
+    while len(runs(gateway)) < count:
         assert time.monotonic() < until_s
         time.sleep(0.01)
-    time.sleep(0.1)
     return threads
+
+
+def runs(gateway: Gateway) -> list[psutil.Process]:
+    """Runs in progress that have come to their :data:`NAMED`, oldest first."""
+    return sorted((p for p in gateway.descendants() if name(p) == "snippet"), key=lambda p: (p.create_time(), p.pid))
+
+
+def name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def seconds_until_it_runs(url: str) -> float:
@@ -61,43 +78,42 @@ def seconds_until_it_runs(url: str) -> float:
     raise AssertionError("the service did not come back")
 
 
-def zygotes(gateway: Gateway) -> list[psutil.Process]:
-    return [p for p in gateway.descendants() if "inside.zygote" in " ".join(p.cmdline()) and p.name() != "bwrap"]
+def oldest(gateway: Gateway, bubblewrap: bool) -> psutil.Process:
+    """The outermost bubblewrap, or the zygote: the oldest process that is none."""
+    found = [p for p in gateway.descendants() if (name(p) == "bwrap") == bubblewrap]
+    return min(found, key=lambda p: (p.create_time(), p.pid))
 
 
 @pytest.mark.parametrize("victim", ["zygote", "bubblewrap"])
-def test_killed_zygote(victim: str) -> None:
+def test_killed_zygote(victim: str, record_property: Callable[[str, object], None]) -> None:
     gateway = Gateway(preload="[]", slots=4)
     try:
-        idle = len(gateway.descendants())
+        at_rest = gateway.footprint()
         answers: list[Any] = []
         threads = busy(gateway, answers, 4)
         before = gateway.descendants()
-        assert len(before) > idle
-        # The oldest Python is the zygote, its forks are the runs; the oldest process of all is the outer bubblewrap.
-        target = min(zygotes(gateway) if victim == "zygote" else before, key=lambda p: (p.create_time(), p.pid))
-        target.kill()
+        oldest(gateway, bubblewrap=victim == "bubblewrap").kill()
         back_s = seconds_until_it_runs(gateway.url)
         for thread in threads:
             thread.join(30)
         assert [(a.status_code, a.json()["code"]) for a in answers] == [(500, "sandbox_error")] * 4
-        gateway.wait_idle(idle)
+        gateway.wait_idle(at_rest)
         _, alive = psutil.wait_procs(before, timeout=10)
         assert not alive
+        record_property("back_s", back_s)
         assert back_s < BACK_WITHIN_S * SLACK
         assert 'reason="died"' in gateway.http.get("/metrics").text
     finally:
         assert gateway.stop() == 0
 
 
-def test_killed_gateway_leaves_no_survivor_and_comes_back() -> None:
+def test_killed_gateway_leaves_no_survivor_and_comes_back(record_property: Callable[[str, object], None]) -> None:
     gateway = Gateway(slots=4)
     answers: list[Any] = []
     threads = busy(gateway, answers, 4)
     family = gateway.descendants()
     gateway.process.send_signal(signal.SIGKILL)
     gateway.process.wait()
-    begun_s = time.monotonic()
     for thread in threads:
         thread.join(30)
     assert all(isinstance(answer, httpx.TransportError) for answer in answers)
@@ -107,7 +123,9 @@ def test_killed_gateway_leaves_no_survivor_and_comes_back() -> None:
     successor = Gateway(warm=False)
     try:
         seconds_until_it_runs(successor.url)
-        assert time.monotonic() - begun_s < BACK_WITHIN_S * SLACK
+        back_s = time.monotonic() - begun_s
+        record_property("back_s", back_s)
+        assert back_s < BACK_WITHIN_S * SLACK
         assert successor.run("import sympy; print(sympy.sqrt(8))", timeout_s=60)["stdout"] == "2*sqrt(2)\n"
     finally:
         assert successor.stop() == 0
@@ -118,18 +136,52 @@ def test_a_killed_run_is_an_outcome_and_its_neighbours_go_on() -> None:
     gateway = Gateway(preload="[]", slots=4)
     try:
         results: list[dict[str, Any]] = []
-        sleeper = "import time\ntime.sleep({})\nprint('woke')"
-        threads = [threading.Thread(target=lambda s=s: results.append(gateway.run(sleeper.format(s)))) for s in (2, 9)]
+        sleeper = NAMED + "time.sleep(3)\nprint('woke')"
+        threads = [threading.Thread(target=lambda: results.append(gateway.run(sleeper))) for _ in range(2)]
         for thread in threads:
             thread.start()
         until_s = time.monotonic() + 20
-        while gateway.metric("singlestream_sandbox_used_slots") < 2:
+        while not (running := runs(gateway)):
             assert time.monotonic() < until_s
-        time.sleep(0.3)
-        newest = max((p for p in zygotes(gateway)), key=lambda p: (p.create_time(), p.pid))
-        os.kill(newest.pid, signal.SIGKILL)
+        os.kill(running[-1].pid, signal.SIGKILL)
         for thread in threads:
             thread.join(30)
         assert sorted(r["status"] for r in results) == ["killed", "ok"]
+    finally:
+        assert gateway.stop() == 0
+
+
+def test_killed_spares_are_no_outcome_of_anyone() -> None:
+    """Jails that wait for a program, killed: no snippet is told to have been killed, and others take their place."""
+    gateway = Gateway(preload="[]", slots=2)
+    try:
+        at_rest = gateway.footprint()
+        zygote = oldest(gateway, bubblewrap=False)
+        spares = zygote.children()
+        assert len(spares) >= 4  # of each two the run itself and the first process of its namespace
+        for process in spares:
+            with contextlib.suppress(psutil.NoSuchProcess):  # the one takes the other with it
+                process.kill()
+        answers = [gateway.http.post("/v1/execute", json={"code": "print(1)"}) for _ in range(8)]
+        # One that dies as its request arrives is a fault of the sandbox, to be retried.
+        assert {a.json().get("stdout", a.json().get("code")) for a in answers} <= {"1\n", "sandbox_error"}
+        assert answers[-1].status_code == 200
+        gateway.wait_idle(at_rest)
+        assert 'reason="died"' not in gateway.http.get("/metrics").text
+    finally:
+        assert gateway.stop() == 0
+
+
+def test_long_runs_step_back() -> None:
+    """Short runs start before long ones on the processor: the kernel's own account of both."""
+    gateway = Gateway(preload="[]", slots=2)
+    try:
+        assert gateway.run("import os; print(os.getpriority(os.PRIO_PROCESS, 0))")["stdout"] == "5\n"
+        waiting = "while os.getpriority(os.PRIO_PROCESS, 0) != 15: time.sleep(0.01)"
+        threaded = (
+            f"import os, threading, time\ndef f():\n    {waiting}\n    print('back')\nt = threading.Thread(target=f)"
+        )
+        result = gateway.run(f"{threaded}\nt.start()\n{waiting}\nt.join()", timeout_s=30)
+        assert (result["status"], result["stdout"]) == ("ok", "back\n")
     finally:
         assert gateway.stop() == 0

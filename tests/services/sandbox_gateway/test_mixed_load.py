@@ -44,7 +44,7 @@ def honest(n: int) -> tuple[str, str]:
 
 async def test_mixed_runs(gateway: Gateway) -> None:
     draw = random.Random(4)
-    idle, files, memory = len(gateway.descendants()), gateway.open_files(), gateway.memory_bytes()
+    at_rest, memory = gateway.footprint(), gateway.memory_bytes()
     turn = asyncio.Semaphore(AT_A_TIME)
     wrong: list[tuple[str, ExecuteResult]] = []
 
@@ -75,7 +75,6 @@ async def test_mixed_runs(gateway: Gateway) -> None:
             sum(client.counts[s] for s in ("ok", "error", "timeout", "memory_limit", "output_limit", "killed")) == RUNS
         )
 
-    gateway.wait_idle(idle)
-    assert gateway.open_files() == files
+    gateway.wait_idle(at_rest)
     # Flat: the first runs fill caches of the allocator and of pydantic; 2,000 runs that leaked a page each would show.
     assert gateway.memory_bytes() - memory < 8 << 20

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from services.sandbox_gateway import host, mends, policy
 from services.sandbox_gateway.admission import Admission
 from services.sandbox_gateway.descriptors import Descriptors, sealed_memory
-from services.sandbox_gateway.inside.messages import EXITED, REPORT_BYTES, Order, Reply
+from services.sandbox_gateway.inside.messages import EXITED, REPORT_BYTES, Order, Program, Reply
 from services.sandbox_gateway.output import HeadTail
 from services.sandbox_gateway.tiers import TierChoice, tiers_for
 from services.sandbox_gateway.verdict import Ending, judge, read_report
@@ -157,11 +157,14 @@ def test_deep_and_surrogate_reports() -> None:
 
 
 def test_messages_have_fixed_bytes() -> None:
-    order = Order(7, 1 << 30, 12, 32 << 20, -1, True)
-    assert order.pack().hex() == "070000000000000000000040000000000c000000000000000000000200000000ffffffffffffffff01"
+    order = Order(7, 32 << 20)
+    assert order.pack().hex() == "07000000000000000000000200000000"
+    program = Program(1 << 30, 12, -1, True, b"1")
+    assert program.pack().hex() == "00000040000000000c00000000000000ffffffffffffffff0131"
     reply = Reply(EXITED, 7, 139, 0.5, 2048)
     assert reply.pack().hex() == "0207000000000000008b00000000000000000000000000e03f0008000000000000"
     assert (Order.unpack(order.pack()), Reply.unpack(reply.pack())) == (order, reply)
+    assert Program.unpack(program.pack()) == program
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -255,7 +258,7 @@ def test_mends_name_the_cause() -> None:
 
 def test_descriptors_close_once() -> None:
     with Descriptors() as owned:
-        read, write_end = owned.pipe()
+        read, write_end = owned.pipe(owned)
         owned.close(read)
         reused = sealed_memory("x", b"abc")
         owned.close(read)  # the number may be another's now

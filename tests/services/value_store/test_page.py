@@ -126,6 +126,11 @@ async def story(page: Page, ids: list[str], redis: object, keys: Keys) -> None:
     await page.goto(page.url.split("#")[0] + f"#/prompt/{visited[0]}")
     await expect(page.locator("#history tbody tr")).not_to_have_count(0)
     await expect(page.get_by_text("Value over visits")).to_be_visible()
+    told = page.locator("details.trajectory").first
+    await told.locator("summary").first.click()
+    await expect(told).to_contain_text("ended by stop")
+    await expect(told).to_contain_text("Model, version")
+    await expect(told).to_contain_text("The tokenizer is not beside the value store")
     await shoot(page, "story")
     link = page.get_by_role("link", name="All prompts")
     await link.focus()

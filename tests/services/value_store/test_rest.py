@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -68,6 +69,18 @@ async def test_upsert_keeps_ids_and_values(http: httpx.AsyncClient, store: Store
     assert (after["alpha"], after["visits"]) == (before["alpha"], 1)
     [fresh, *_] = [one for one in ids if one not in visited]
     assert (await http.get(f"/v1/prompts/{fresh}")).json()["alpha"] == pytest.approx(8 * 2.5 / 3)
+
+
+async def test_upsert_takes_lines_too(http: httpx.AsyncClient) -> None:
+    prompts, lines = bodies(3000), {"content-type": "application/x-ndjson; charset=utf-8"}
+    text = "\n\n".join(json.dumps(one) for one in prompts).encode()
+    reply = await http.post("/v1/prompts", content=text + b"\r\n", headers=lines)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["ids"] == await put(http, prompts)
+    for body in (b'{"question": "q"}', b'{"question"', text + b"\n[]"):
+        reply = await http.post("/v1/prompts", content=body, headers=lines)
+        assert reply.status_code == 422, reply.text
+    assert (await http.post("/v1/prompts", content=text, headers={"content-type": "text/plain"})).status_code == 422
 
 
 async def test_pages_follow_one_another_whatever_the_order(http: httpx.AsyncClient, store: Store) -> None:

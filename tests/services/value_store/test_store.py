@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from services.value_store import posterior
+from services.value_store.evidence import decode_entries
 from services.value_store.issuing import demand, parse_replicas, split_demand
 from services.value_store.jobs import Job
 from services.value_store.memory import load_memory
@@ -125,7 +126,7 @@ async def test_z_is_looked_up_when_evidence_overtakes_the_publication(redis: Red
     await redis.hset(keys.clock, "3", "0.77")
     await world.learner.send_updates([evidence(trajectory)])
     entries = await store.streams.read_stream(keys.posterior_updates, "0-0", 10, 1)
-    await store.take_updates(store.memory.epoch, entries)
+    await store.take_updates(store.memory.epoch, decode_entries(entries))
     row = store.memory.table.row(trajectory.prompt_id)
     assert store.memory.table.z_last[row] == 0.77
 

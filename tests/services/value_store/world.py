@@ -12,7 +12,9 @@ from typing import Any
 from redis.asyncio import Redis
 
 from services.value_store import loops
+from services.value_store.evidence import decode_entries
 from services.value_store.prompts import Prompt
+from services.value_store.service import end
 from services.value_store.store import Store
 from singlestream.config import Config
 from singlestream.contracts import (
@@ -32,7 +34,8 @@ from singlestream.streams.ledger import LedgerCounts, read_ledger
 def make_config(keys: Keys, redis_url: str = "unix:///none", port: int = 18100, **changes: Any) -> Config:
     run = {"name": keys.run, "model": Path("none"), "total_steps": 50, "train_batch_size": 4, "max_staleness": 1}
     store = {"port": port, **changes.pop("value_store", {})}
-    return Config(run={**run, "redis_url": redis_url, **changes}, value_store=store)  # type: ignore[arg-type]
+    learner = changes.pop("learner", {})
+    return Config(run={**run, "redis_url": redis_url, **changes}, value_store=store, learner=learner)  # type: ignore[arg-type]
 
 
 def make_prompts(count: int, split: str = "train", source: str = "s") -> list[Prompt]:
@@ -155,7 +158,7 @@ async def settle(store: Store) -> None:
         after = store.memory.cursors.get(stream, "0-0")
         entries = await store.streams.read_stream(stream, after, 100_000, None)
         if entries:
-            await take(store.memory.epoch, entries)
+            await take(store.memory.epoch, decode_entries(entries))
 
 
 class Running:
@@ -180,8 +183,7 @@ class Running:
         return store
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self.tasks:
-            task.cancel()
+        await end(self.tasks)
         for result in await asyncio.gather(*self.tasks, return_exceptions=True):
             if isinstance(result, Exception) and not isinstance(result, asyncio.CancelledError):
                 raise result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.rollout.eval_metrics import Sampled, average, majority, majority_at, over_prompts, pass_at
+from singlestream.eval_metrics import Sampled, average, majority, majority_at, over_prompts, pass_at
 
 
 def sampled(answers: str, truth: str = "a") -> Sampled:

@@ -1,0 +1,170 @@
+"""SPO against GRPO, and the retention modes, on the demo's task: several runs of each, through all services.
+
+    python -m benchmarks.curves             # three seeds of each on the tiny model, about half an hour on two cores
+    python -m benchmarks.curves --model smollm2 --seeds 3
+    python -m benchmarks.curves --figure    # the figure and tables again, from what has run
+
+Every run keeps its folder ``runs/curves-…``; one that is there already is not run again. The results go to
+``benchmarks/results/``: a figure with mean and range over the seeds, by tokens and by wall time, and the replay of the
+evidence of the SPO runs that measured exact drift. A seed changes the sampling of prompts and tokens, never the order
+in which processes are scheduled: two runs of one seed differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.harness import commit, machine
+
+RESULTS = Path("benchmarks/results")
+METHODS: dict[str, dict[str, str]] = {
+    "spo": {"LEARNER__ANCHOR_SHARE": "0.0"},
+    "grpo": {"LEARNER__ADVANTAGE": "grpo", "VALUE_STORE__GROUP_SIZE": "8", "LEARNER__ANCHOR_SHARE": "0.0"},
+    # SPO with every prompt's previous response kept, so that `kl` can be replayed with its exact drift everywhere; the
+    # passes over those responses cost time
+    "exact": {"LEARNER__ANCHOR_SHARE": "1.0"},
+}
+"""Environment of each method, on top of the demo's configuration: nothing else differs."""
+DRAWN = {"spo": ("SPO", "#1f77b4"), "grpo": ("GRPO", "#d62728"), "exact": ("SPO, exact drift of all", "#2ca02c")}
+"""Method → its name in the figure, and its colour."""
+WINDOW = 3
+"""Batches of the moving mean in the figure."""
+
+
+def run_name(model: str, method: str, seed: int) -> str:
+    """Name of one run and of its folder."""
+    return f"curves-{model}-{method}-{seed}"
+
+
+def train(model: str, method: str, seed: int, steps: int | None) -> None:
+    """Run the demo once with this method; a run that is whole is kept."""
+    folder = Path("runs") / run_name(model, method, seed)
+    if (folder / "summary.json").is_file():
+        return
+    settings = METHODS[method] | {"RUN__NAME": folder.name, "RUN__SEED": str(seed)}
+    environment = os.environ | {f"SINGLESTREAM_{name}": value for name, value in settings.items()}
+    command = [sys.executable, "-m", "singlestream.cli.main", "demo", "--model", model]
+    command += [] if steps is None else ["--steps", str(steps)]
+    print(f"== {folder.name}", flush=True)
+    subprocess.run(command, env=environment, check=True)
+
+
+def load(model: str, method: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(summary, steps) of every finished run of a method, by seed."""
+    runs = []
+    for folder in sorted(Path("runs").glob(run_name(model, method, 0)[:-1] + "*")):
+        if (folder / "summary.json").is_file():
+            steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+            runs.append((json.loads((folder / "summary.json").read_text()), steps))
+    return runs
+
+
+def curve(steps: Sequence[dict[str, Any]], over: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(x, mean reward of the last `WINDOW` batches) of one run; x are million tokens, or seconds of training."""
+    reward = np.array([step["reward_mean"] for step in steps])
+    smooth = np.array([reward[max(0, i + 1 - WINDOW) : i + 1].mean() for i in range(len(reward))])
+    if over == "tokens":
+        return np.cumsum([step["action_tokens"] for step in steps]) / 1e6, smooth
+    wall = np.array([step["wall_s"] for step in steps])
+    first = steps[0]
+    begin = first["wall_s"] - sum(first[f"{part}_s"] for part in ("probe", "forward_backward", "publish"))
+    return wall - begin, smooth
+
+
+def draw(model: str, path: Path) -> None:
+    """The figure: reward by tokens, by seconds, and degenerate groups."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, over in zip(axes, ("tokens", "seconds"), strict=True):
+        for method, (name, colour) in DRAWN.items():
+            curves = [curve(steps, over) for _, steps in load(model, method)]
+            if not curves:
+                continue
+            grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 100)
+            values = np.array([np.interp(grid, x, y) for x, y in curves])
+            mean, low, high = values.mean(0), values.min(0), values.max(0)
+            axis.plot(grid, mean, color=colour, label=f"{name}: {len(curves)} runs")
+            axis.fill_between(grid, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_xlabel("million sampled tokens" if over == "tokens" else "seconds since the first batch")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"mean reward, moving over {WINDOW} batches")
+    axes[0].legend(loc="lower right")
+    figure.suptitle(f"{model}: mean of the runs, and their range")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def rows(model: str) -> list[dict[str, Any]]:
+    """One row a run: what it reached, and what it took."""
+    found = []
+    for method in METHODS:
+        for summary, steps in load(model, method):
+            groups = sum(step["groups"] for step in steps)
+            found.append(
+                {
+                    "method": method,
+                    "steps": len(steps),
+                    "heldout_before": summary["accuracy_before"],
+                    "heldout_after": summary["accuracy_after"],
+                    "reward_last_5": float(np.mean([step["reward_mean"] for step in steps[-5:]])),
+                    "mtokens": sum(step["action_tokens"] for step in steps) / 1e6,
+                    "train_wall_s": summary["train_wall_s"],
+                    "idle": float(np.mean([step["learner_idle_ratio"] for step in steps])),
+                    "degenerate_groups": sum(step["degenerate_groups"] for step in steps) / groups if groups else None,
+                    "mtokens_by_step": curve(steps, "tokens")[0].round(4).tolist(),
+                    "seconds_by_step": curve(steps, "seconds")[0].round(2).tolist(),
+                    "reward_by_step": [step["reward_mean"] for step in steps],
+                }
+            )
+    return found
+
+
+def write(model: str) -> None:
+    """Figure, table and replay of all finished runs, into `RESULTS`."""
+    found = rows(model)
+    draw(model, RESULTS / f"curves-{model}.svg")
+    report = {"benchmark": "curves", "model": model, "commit": commit(), "machine": machine(), "runs": found}
+    (RESULTS / f"curves-{model}.json").write_text(json.dumps(report, indent=2) + "\n")
+    for row in found:
+        plain = {name: value for name, value in row.items() if not isinstance(value, list)}
+        print(
+            "  ".join(f"{key} {value:.3f}" if isinstance(value, float) else str(value) for key, value in plain.items())
+        )
+    folders = [str(Path("runs") / run_name(model, "exact", seed)) for seed in range(len(load(model, "exact")))]
+    if folders:
+        replay = [sys.executable, "-m", "services.value_store.replay", *folders]
+        subprocess.run([*replay, "--json", str(RESULTS / f"retention-{model}.json")], check=True)
+
+
+def main() -> None:
+    """Run what is missing, one run at a time, the methods in turn; then write the results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
+    parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="optimizer steps instead of the configuration's")
+    parser.add_argument("--figure", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    if not options.figure:
+        for seed in range(options.seeds):
+            for method in METHODS:
+                train(options.model, method, seed, options.steps)
+    write(options.model)
+
+
+if __name__ == "__main__":
+    main()

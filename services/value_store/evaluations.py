@@ -1,0 +1,77 @@
+"""What the store does for jobs beyond leasing them: resuming, cancelling, and the pin of a pinned evaluation."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from services.value_store import pinning
+from services.value_store.jobs import Job
+from services.value_store.prompts import Refused
+from services.value_store.store import Store
+from singlestream.streams.ledger import Change
+
+log = logging.getLogger(__name__)
+
+
+def _most(store: Store, alive: int) -> int:
+    """Replicas that a pinned evaluation may take now."""
+    return pinning.capacity(alive, store.config.rollout.evaluation_share, store.memory.state == "running")
+
+
+async def create_job(store: Store, job: Job, resume: bool) -> Job:
+    """Enter a job, or return the newest one that asks for the same and has not failed, where ``resume`` says so.
+
+    A finished evaluation is not gone back to: it tells of the policy that was.
+
+    Raises `Refused` where prompts are not known, or a pinned job can have no replica.
+    """
+    same = [one for one in store.memory.jobs.values() if one.error is None and one.same_as(job)]
+    same = [one for one in same if one.finished_at_s is None or one.purpose == "estimate"]
+    if resume and same:
+        return max(same, key=lambda one: one.created_at_s)
+    alive = len(store.alive_replicas())
+    if job.pinned and alive and not _most(store, alive):
+        raise Refused(pinning.no_room(alive, store.config.rollout.evaluation_share))
+    await store.create_job(job)
+    return job
+
+
+async def cancel_job(store: Store, job: Job) -> None:
+    """End a job before its items; leases of it that are out end by themselves. Nothing where it has finished."""
+    async with store.writing():
+        if job.finished_at_s is None:
+            await _fail(store, job, "cancelled by request")
+
+
+async def _fail(store: Store, job: Job, error: str) -> None:
+    log.error("job %s ends: %s", job.job_id, error)
+    job.fail(error, time.time())
+    await store.commit(Change(jobs={job.job_id: job.pack()}))
+
+
+async def move_pin(store: Store) -> None:
+    """Say which replicas hold their weights for the evaluation under way; end it if none can any more."""
+    async with store.writing() as memory:
+        job, alive = pinning.current_evaluation(memory.jobs.values()), store.alive_replicas()
+        if job is not None and (error := pinning.lost(job.policy, alive)):
+            await _fail(store, job, error)
+            job = pinning.current_evaluation(memory.jobs.values())
+        pin = pinning.next_pin(memory.pin, job, alive, _most(store, len(alive)))
+        if pin == memory.pin:
+            return
+        change = Change(pin=pin.text() if pin else "")
+        if pin is not None and job is not None and job.policy != pin.policy:
+            job.version, job.lineage = pin.version, pin.lineage
+            change.jobs[job.job_id] = job.pack()
+        await store.commit(change)
+        memory.pin = pin
+
+
+def waiting_for(store: Store, job: Job) -> str | None:
+    """What keeps a job from being leased; None where nothing does, and where it has finished."""
+    memory, alive = store.memory, store.alive_replicas()
+    if job.finished_at_s is None and store.memory_full:
+        return "memory in Redis: its share of maxmemory is used up"
+    first, most = pinning.current_evaluation(memory.jobs.values()), _most(store, len(alive))
+    return pinning.waiting_for(job, first, memory.pin, alive, most, store.config.rollout.evaluation_share)

@@ -1,0 +1,181 @@
+"""The Kubernetes manifests against Kubernetes' own schemas, and what must hold of them besides."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from singlestream.config import load_config
+from tests.deploy.conftest import DEPLOY, ROOT
+
+VERSION = "1.31"
+"""Pods' appArmorProfile came with 1.30."""
+FILES = sorted((DEPLOY / "k8s").glob("*.yaml"))
+NAMES = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+def documents() -> Iterator[dict[str, Any]]:
+    for path in FILES:
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def find(kind: str, name: str) -> dict[str, Any]:
+    (found,) = [d for d in documents() if (d["kind"], d["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def pod_templates() -> dict[str, dict[str, Any]]:
+    """Every pod's template by where it stands; those of the RayService too."""
+    found = {}
+    for one in documents():
+        name = one["metadata"]["name"]
+        if one["kind"] == "RayService":
+            cluster = one["spec"]["rayClusterConfig"]
+            found["ray-head"] = cluster["headGroupSpec"]["template"]
+            for group in cluster["workerGroupSpecs"]:
+                found[group["groupName"]] = group["template"]
+        elif "template" in one.get("spec", {}):
+            found[name] = one["spec"]["template"]
+    return found
+
+
+PODS = pod_templates()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_manifests_follow_the_schemas(path: Any) -> None:
+    for one in yaml.safe_load_all(path.read_text()):
+        assert NAMES.fullmatch(one["metadata"]["name"])
+        if one["kind"] != "RayService":
+            kubernetes_validate.validate(one, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("name", ["ray-head", "replicas"])
+def test_pods_of_the_rayservice_follow_the_schemas(name: str) -> None:
+    """KubeRay's own schema is not Kubernetes'; its pods' is."""
+    template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": PODS[name]}
+    kubernetes_validate.validate(template, VERSION, strict=True)
+
+
+def test_a_wrong_field_is_found() -> None:
+    one = find("Deployment", "value-store")
+    one["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(one, VERSION, strict=True)
+
+
+def test_every_pod_is_confined() -> None:
+    assert set(PODS) == {"redis", "value-store", "sandbox-gateway", "learner", "ray-head", "replicas"}
+    for name, template in PODS.items():
+        spec = template["spec"]
+        assert spec["automountServiceAccountToken"] is False, name
+        assert spec["securityContext"]["runAsUser"] == 10001, name
+        assert spec["securityContext"]["runAsNonRoot"], name
+        assert spec["securityContext"]["seccompProfile"]["type"] in ("RuntimeDefault", "Localhost"), name
+        assert not spec.get("hostNetwork"), name
+        for container in spec["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False, name
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
+            assert {"requests", "limits"} <= set(container["resources"]), name
+            gpus = [container["resources"][kind].get("nvidia.com/gpu") for kind in ("requests", "limits")]
+            assert gpus[0] == gpus[1], name
+
+
+def test_pods_are_probed() -> None:
+    for name, template in PODS.items():
+        (container,) = template["spec"]["containers"]
+        if name != "ray-head":  # KubeRay's own probes
+            assert "livenessProbe" in container, name
+        assert template["spec"]["terminationGracePeriodSeconds"] >= 30, name
+
+
+def test_stopping_covers_the_hand_over() -> None:
+    config = load_config(ROOT / "configs" / "qwen3-8b-dapo-spo.toml")
+    replica = PODS["replicas"]["spec"]
+    assert replica["terminationGracePeriodSeconds"] > 3 * config.rollout.stop_timeout_s
+    assert replica["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["/app/deploy/hand-over"]
+    assert PODS["sandbox-gateway"]["spec"]["terminationGracePeriodSeconds"] > config.sandbox_gateway.max_timeout_s + 10
+
+
+def test_what_pods_name_exists() -> None:
+    reply = subprocess.run([sys.executable, str(DEPLOY / "k8s" / "make-secrets")], capture_output=True, text=True)
+    assert reply.returncode == 0, reply.stderr
+    secrets = {one["metadata"]["name"]: set(one["stringData"]) for one in json.loads(reply.stdout)["items"]}
+    assert "redis" in secrets
+    assert "users.acl" in secrets["redis"]
+    claims = {d["metadata"]["name"] for d in documents() if d["kind"] == "PersistentVolumeClaim"} | {"data"}
+    services = {d["metadata"]["name"] for d in documents() if d["kind"] == "Service"}
+    for name, template in PODS.items():
+        (container,) = template["spec"]["containers"]
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        mounts = {mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", [])}
+        assert set(mounts) <= set(volumes) | {"data"}, name
+        for volume in volumes.values():
+            assert volume.get("configMap", {}).get("name") in (None, "configs", "redis"), name
+            assert volume.get("secret", {}).get("secretName") in (None, *secrets), name
+            assert volume.get("persistentVolumeClaim", {}).get("claimName") in (None, *claims), name
+        held = secrets.get(volumes.get("secrets", {}).get("secret", {}).get("secretName", ""), set())
+        for variable in container.get("env", []):
+            key = variable["name"]
+            if key == "SINGLESTREAM_CONFIG":
+                assert (ROOT / "configs" / variable["value"].removeprefix("/app/configs/")).is_file(), name
+            elif key.endswith("_FILE"):
+                assert variable["value"].removeprefix("/run/secrets/") in held, (name, key)
+            elif reference := variable.get("valueFrom", {}).get("secretKeyRef"):
+                assert reference["key"] in secrets[reference["name"]], (name, key)
+            elif host := re.match(r"http://([-a-z0-9]+\.)?([-a-z]+):\d+$", variable.get("value", "")):
+                assert host[2] in services, (name, key)
+            assert not re.search(r"TOKEN|REDIS_URL|PASSWORD", key) or "value" not in variable or key.endswith("_FILE")
+
+
+def test_nothing_is_reachable_by_default_and_the_sandbox_calls_nobody() -> None:
+    everything = find("NetworkPolicy", "nothing-by-default")["spec"]
+    assert everything == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    allowed = [d["spec"] for d in documents() if d["kind"] == "NetworkPolicy" and "egress" in d["spec"]]
+    for spec in allowed:
+        selector = spec["podSelector"]
+        if "matchExpressions" in selector:
+            (expression,) = selector["matchExpressions"]
+            assert expression["operator"] == "NotIn"
+            assert "sandbox-gateway" in expression["values"]
+        else:
+            assert selector["matchLabels"]["app"] != "sandbox-gateway"
+    labels = {template["metadata"]["labels"]["app"] for template in PODS.values()}
+    for one in documents():
+        if one["kind"] == "NetworkPolicy":
+            assert set(re.findall(r"'app': '([-a-z]+)'", str(one["spec"]))) <= labels, one["metadata"]["name"]
+
+
+def test_ray_matches_the_lock_and_the_application() -> None:
+    spec = find("RayService", "rollout")["spec"]
+    assert f"ray=={spec['rayClusterConfig']['rayVersion']}" in (ROOT / "requirements.lock").read_text().split()
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert f"def {name}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    # A JSON text in quotes: KubeRay puts it on a shell's command line.
+    assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {"rollout_slot": 1}
+    assert spec["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    for parameters in (group["rayStartParams"], spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]):
+        assert all(isinstance(value, str) for value in parameters.values())
+
+
+def test_the_learners_meet_where_the_first_of_them_is() -> None:
+    job = find("Job", "learner")["spec"]
+    arguments = job["template"]["spec"]["containers"][0]["args"]
+    assert job["parallelism"] == job["completions"]
+    assert f"--nnodes={job['parallelism']}" in arguments
+    assert "--rdzv-endpoint=learner-0.learner:29400" in arguments
+    assert job["completionMode"] == "Indexed"
+    service = find("Service", "learner")["spec"]
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"]
+    assert job["template"]["spec"]["subdomain"] == "learner"

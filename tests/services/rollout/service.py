@@ -1,0 +1,171 @@
+"""`python -m services.rollout` in a process of its own, with a Redis and a tiny policy that never ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+
+from singlestream.contracts import Lease, Sampling, Trajectory, decode, encode
+from singlestream.embedded_redis import EmbeddedRedis
+from singlestream.streams import Keys, connect
+from tests.services.rollout import policies
+
+ROOT = Path(__file__).resolve().parents[3]
+SLOTS = 4
+RESPONSE_TOKENS = 400
+START_S = 400.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Service:
+    """The service under test.
+
+    Args:
+        folder: for its logs and weights.
+        redis: a client of its Redis.
+        keys: of its run.
+        port: of its HTTP interface.
+        environment: its settings.
+        arguments: of its command line.
+    """
+
+    def __init__(
+        self, folder: Path, redis: Redis, keys: Keys, port: int, environment: dict[str, str], arguments: tuple[str, ...]
+    ) -> None:
+        self.folder, self.redis, self.keys, self.port, self.environment = folder, redis, keys, port, environment
+        self.leases = 0
+        self.process = self.start("log", "services.rollout", *arguments)
+
+    def start(self, log: str, module: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Run a module with the service's settings."""
+        with (self.folder / log).open("wb") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *arguments, "--config", str(self.folder / "run.toml")],
+                cwd=ROOT,
+                env=self.environment | environment,
+                stdout=file,
+                stderr=file,
+            )
+
+    async def publish(self, seed: int, version: int) -> None:
+        manifest = policies.write_weights(policies.random_policy(seed, eos=None), self.folder / f"v{version}")
+        await policies.publish(self.redis, self.keys, manifest, version)
+
+    async def scale(self, replicas: int) -> None:
+        command = self.start("scale.log", "singlestream.cli.main", "scale", "rollout", str(replicas))
+        assert await asyncio.to_thread(command.wait, 60) == 0, (self.folder / "scale.log").read_text()
+
+    async def add(self, count: int, version: int, question: str | None = None) -> tuple[int, int]:
+        """Leases of long generations (the policy never ends); returns the first number and that after the last."""
+        for _ in range(count):
+            self.leases += 1
+            one = Lease(
+                lease_id=f"train:0000abcd:{self.leases}",
+                prompt_id=f"p{self.leases}",
+                question=question or "".join(chr(97 + (self.leases * 7 + place) % 26) for place in range(30)),
+                answer="7",
+                environment="single_turn",
+                v_hat=0.5,
+                version=version,
+                lineage=1,
+                sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0),
+                issued_at_s=time.time(),
+            )
+            entry = await self.redis.xadd(self.keys.leases("train"), {"id": one.lease_id, "m": encode(one)})
+            await self.redis.hset(self.keys.live, one.lease_id, entry)
+        return self.leases - count + 1, self.leases + 1
+
+    async def reports(self) -> dict[str, dict[str, Any]]:
+        """What the replicas say, by name."""
+        told = await self.redis.hgetall(self.keys.replicas)
+        return {name.decode(): json.loads(value) for name, value in told.items()}
+
+    async def busy(self, count: int = 1) -> Any:
+        """Wait for so many fresh replicas that all have episodes running."""
+        return await self.until(lambda told: {n: r for n, r in told.items() if r["in_use"]}, count, "busy replicas")
+
+    async def until(self, choose: Any, count: int, what: str, deadline_s: float = START_S) -> Any:
+        started = time.monotonic()
+        while True:
+            fresh = {n: r for n, r in (await self.reports()).items() if time.time() - r["at_s"] < 5}
+            if len(chosen := choose(fresh)) >= count:
+                return chosen
+            assert self.process.poll() is None, "the service ended"
+            assert time.monotonic() - started < deadline_s, f"waited for {count} {what}: {await self.reports()}"
+            await asyncio.sleep(0.2)
+
+    async def ended(self, count: int, deadline_s: float = START_S) -> list[Trajectory]:
+        started = time.monotonic()
+        while await self.redis.xlen(self.keys.trajectories) < count:
+            assert time.monotonic() - started < deadline_s, f"{await self.redis.xlen(self.keys.trajectories)} ended"
+            await asyncio.sleep(0.2)
+        entries = await self.redis.xrange(self.keys.trajectories)
+        messages = [decode(fields[b"m"]) for _, fields in entries]
+        assert all(isinstance(message, Trajectory) for message in messages)
+        return messages  # type: ignore[return-value]
+
+
+@asynccontextmanager
+async def running(folder: Path, *arguments: str, **rollout: object) -> AsyncIterator[Service]:
+    """The service with one replica and version 0 published, until the block ends.
+
+    Args:
+        folder: an empty one.
+        arguments: of its command line.
+        rollout: settings of section ``rollout``, beside those that every test shares.
+    """
+    model = policies.save_policy(policies.random_policy(1, eos=None), folder / "model", ends=False)
+    port, name = free_port(), "replicas"
+    settings = {
+        "RUN__NAME": name,
+        "RUN__MODEL": model,
+        "RUN__TOTAL_STEPS": 1,
+        "RUN__ENGINE_DTYPE": "float32",
+        "ROLLOUT__PORT": port,
+        "ROLLOUT__SLOTS": SLOTS,
+        "ROLLOUT__MAX_MODEL_TOKENS": RESPONSE_TOKENS + 100,
+        "ROLLOUT__MAX_RESPONSE_TOKENS": RESPONSE_TOKENS,
+        "ROLLOUT__KV_CACHE_GIB": 0.1,
+        "ROLLOUT__CPU_THREADS": 1,
+        **{f"ROLLOUT__{key.upper()}": value for key, value in rollout.items()},
+    }
+    with tempfile.TemporaryDirectory(prefix="ss-") as socket_folder:
+        server = EmbeddedRedis(Path(socket_folder), fsync="no")
+        server.start()
+        settings["RUN__REDIS_URL"] = server.url
+        (folder / "run.toml").write_text("")
+        environment = {f"SINGLESTREAM_{key}": str(value) for key, value in settings.items()}
+        environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+        redis = connect(server.url)
+        service = Service(folder, redis, Keys(name), port, environment, arguments)
+        try:
+            await service.publish(1, 0)
+            yield service
+        finally:
+            service.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                service.process.wait(60)
+            service.process.kill()
+            service.process.wait()
+            print((folder / "log").read_text(errors="replace")[-20_000:])
+            await redis.aclose()
+            server.stop()

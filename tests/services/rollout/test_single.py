@@ -1,0 +1,71 @@
+"""One replica without Ray: a hung engine is told from a busy one, and the process ends with its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from singlestream.contracts import Lease, decode
+from tests.services.rollout.service import START_S, Service, running
+
+
+async def health(service: Service, wanted: int) -> str:
+    """Ask until the answer is the wanted one; returns its body."""
+    started = time.monotonic()
+    async with httpx.AsyncClient(timeout=60) as client:
+        while True:
+            reply = await client.get(f"http://127.0.0.1:{service.port}/healthz")
+            if reply.status_code == wanted:
+                return reply.text
+            assert time.monotonic() - started < START_S, f"waited for {wanted}: {reply.text}"
+
+
+def engine_core(service: Service) -> psutil.Process:
+    children = psutil.Process(service.process.pid).children()
+    [core] = [one for one in children if "EngineCore" in " ".join(one.cmdline())]
+    return core
+
+
+@pytest.mark.timeout(900)
+async def test_a_hung_engine_is_unhealthy_and_a_dead_one_ends_the_process(tmp_path: Path) -> None:
+    async with running(tmp_path, "--no-ray", engine_timeout_s=5) as service:
+        await service.until(lambda told: told, 1, "replicas")
+        await service.add(40, 0)
+        await service.busy()
+        core = engine_core(service)
+        await health(service, 200)  # busy, and well
+
+        core.suspend()
+        assert "the engine's answer" in await health(service, 503)
+        core.resume()
+        await health(service, 200)
+
+        async with httpx.AsyncClient() as client:
+            metrics = (await client.get(f"http://127.0.0.1:{service.port}/metrics")).text
+        told = {line.split()[0]: float(line.split()[1]) for line in metrics.splitlines() if line[:1] != "#"}
+        assert told["singlestream_rollout_engine_running"] >= 1
+        assert 0 < told["singlestream_rollout_kv_cache_ratio"] <= 1
+        assert told["singlestream_rollout_sampled_tokens_total"] > 0
+        assert told["singlestream_rollout_prefix_cache_queries_total"] > 0
+
+        core.kill()
+        assert await asyncio.to_thread(service.process.wait, 60) == 1
+        ended = await service.redis.xlen(service.keys.trajectories)
+        back = [decode(fields[b"m"]) for _, fields in await service.redis.xrange(service.keys.leases("train"))]
+        assert ended + len(back) == 40
+        assert {one.attempts for one in back if isinstance(one, Lease)} == {0, 1}
+        assert await service.reports() == {}
+
+
+@pytest.mark.timeout(900)
+async def test_the_process_ends_with_an_idle_engine_too(tmp_path: Path) -> None:
+    async with running(tmp_path, "--no-ray") as service:
+        await service.until(lambda told: told, 1, "replicas")
+        engine_core(service).kill()
+        assert await asyncio.to_thread(service.process.wait, 60) == 1
+        assert await service.reports() == {}
