@@ -167,7 +167,6 @@ class RolloutConfig(Listening):
     """Replicas that may start a lease before it fails."""
     evaluation_share: float = Field(default=1.0, gt=0.0, le=1.0)
     """While training runs, most of all slots that evaluation may hold at a time; below 1 training keeps the rest.
-
     A pinned evaluation takes whole replicas: at most this share of them.
     """
     clear_cache: bool = False
@@ -203,7 +202,6 @@ class LearnerConfig(Section):
     """Port of rank 0's Prometheus metrics, and of its weights where they are served."""
     weights_url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+$")
     """Where replicas on other machines reach ``metrics_port``, for example ``http://10.0.0.5:8103``.
-
     The policy versions carry it, and deltas are written. None: weights travel through ``run.weights_dir`` alone.
     """
     ranks: int = Field(default=1, ge=1)
@@ -310,17 +308,11 @@ class SandboxGatewayConfig(Listening):
     max_timeout_s: float = Field(default=60.0, gt=0.0)
     """Largest wall time a request may ask for."""
     preload: tuple[str, ...] = ("numpy", "scipy", "sympy", "mpmath", "networkx", "pandas")
-    """Modules imported before the first run; all of them must be installed.
-
-    Others that are installed work too, only slower.
-    """
+    """Modules imported before the first run; all must be installed. Others that are installed work too, slower."""
     python: Path | None = None
     """Interpreter whose libraries the runs see; None means the gateway's own."""
     recycle_runs: int = Field(default=20_000, ge=1)
-    """Runs after which a zygote is replaced by a fresh one, in the background.
-
-    Forks of one zygote share their memory layout.
-    """
+    """Runs after which a fresh zygote replaces one, in the background: forks of one share their memory layout."""
     recycle_s: float = Field(default=3600.0, gt=0.0)
     """Age in seconds after which a zygote is replaced, for the same reason."""
 

@@ -48,7 +48,7 @@ class Background:
         self.check()
 
     def close(self) -> None:
-        """Finish what was submitted, and end the thread; an error that nobody has seen is logged."""
+        """Finish what was submitted, and end the thread; an error is logged: perhaps nobody has seen it."""
         self._executor.shutdown(wait=True)
         if self._error is not None:
             log.error("the work beside the loop ended with %s: %s", type(self._error).__name__, self._error)

@@ -17,7 +17,6 @@ import logging
 import re
 import shutil
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from services.learner.background import Background
 from services.learner.batches import ConsumedLeases, Position
 from services.learner.model import parameters
 from services.learner.policy import Policy
+from singlestream.checksums import file_crc32
 from singlestream.errors import CheckpointError, SinglestreamError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,6 @@ ARCHIVE = "archive"
 MODEL = "model."
 """Prefix of the policy's own tensors; the others are the optimizer's moments."""
 _NAME = re.compile(r"^step-(\d{8})-([0-9a-f]+)$")
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,6 @@ def optimizer_steps(policy: Policy) -> int:
     return max((int(moments["step"]) for moments in policy.optimizer.state.values()), default=0)
 
 
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's ``state.json``. Raises OSError or ValueError."""
     state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
@@ -142,7 +133,7 @@ def damage(path: Path, deep: bool = True) -> str:
             return f"{path.name}: {name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{path.name}: {name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if deep and _crc32(file) != expected["crc32"]:
+        if deep and file_crc32(file) != expected["crc32"]:
             return f"{path.name}: {name} fails its checksum"
     return ""
 
@@ -213,7 +204,7 @@ class Checkpoints:
         }
 
         def write() -> None:
-            shutil.rmtree(self._partial(name), ignore_errors=True)
+            self._remove_partials(name)
             self._write(name, staged)
             self._complete(name, state)
             kept = self._kept(step)
@@ -264,6 +255,12 @@ class Checkpoints:
     def _partial(self, name: str) -> Path:
         return self.folder / f".{name}.partial"
 
+    def _remove_partials(self, name: str) -> None:
+        """Delete what crashes left, which a full disk needs first; the one to be written may be another rank's now."""
+        for path in self.folder.glob(".step-*.partial"):
+            if path != self._partial(name):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _write(self, name: str, staged: dict[str, torch.Tensor]) -> None:
         """Every rank writes its shards beside the others."""
         writer = FileSystemWriter(self._partial(name), single_file_per_rank=True, sync_files=True)
@@ -274,7 +271,7 @@ class Checkpoints:
         """Note size and checksum of every file, and give the folder its name."""
         beside, final = self._partial(name), self.folder / name
         state["files"] = {
-            path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+            path.name: {"bytes": path.stat().st_size, "crc32": file_crc32(path)}
             for path in sorted(beside.iterdir())
             if path.name != STATE_FILE
         }
@@ -299,8 +296,6 @@ class Checkpoints:
             step = step_of(path.name)
             if self.archive_every and step % self.archive_every == 0 and step <= newest:
                 self._archive(path)
-            shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(".step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _archive(self, path: Path) -> None:

@@ -44,6 +44,8 @@ def _whole(config: Config, tensors: dict[str, Any]) -> dict[str, Any]:
     adapters = {name: tensor for name, tensor in tensors.items() if lora.is_adapter(name)}
     if not adapters:
         return tensors
+    if not config.learner.lora_rank:
+        raise CheckpointError("the checkpoint holds adapters: set the run's learner.lora_rank and lora_alpha")
     scaling = config.learner.lora_alpha / config.learner.lora_rank
     whole = {}
     for name, path in weight_files(config.run.model).items():
@@ -71,7 +73,7 @@ def export(
         The checkpoint that was exported.
 
     Raises:
-        CheckpointError: there is none that can be used, or ``out`` exists.
+        CheckpointError: there is none that can be used, its adapters are not the settings' own, or ``out`` exists.
     """
     import torch
     import torch.distributed.checkpoint as dcp

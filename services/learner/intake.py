@@ -85,7 +85,7 @@ class StreamReader:
         vocabulary: rows of the model's embedding.
         longest_tokens: positions of the model.
         wait_warn_s: after so long the log says what is waited for.
-        wait_timeout_s: after so long without any entry the wait fails.
+        wait_timeout_s: after so long without any entry a wait fails; the seconds of the step before do not count.
     """
 
     def __init__(
@@ -152,6 +152,11 @@ class StreamReader:
         if updates:
             self.link.call(lambda: self.link.streams.send_updates(updates), "updates of leases that do not train")
 
+    def commit(self) -> Position:
+        """Declare the batch trained; returns the position behind it. The wait for the next one begins."""
+        self._last_arrival, self._warnings = time.monotonic(), 0
+        return self.assembler.commit()
+
     def _bury(self, one: Entry, reason: str) -> None:
         self.link.call(lambda: self.link.streams.dead_letter(one.number, one.raw, reason), "a dead letter")
 
@@ -207,7 +212,6 @@ class Intake:
     Args:
         ranks: the group.
         reader: on rank 0; None elsewhere.
-        status: rank 0's heartbeat; None elsewhere.
         staleness_bound: segments older than this many updates are masked.
         probe_tokens: action tokens wanted of the next batch.
         anchor_share: share of the prompts of which a response is kept.
@@ -301,7 +305,7 @@ class Intake:
 
     def commit(self) -> Position | None:
         """Declare the batch trained; returns rank 0's new position, None elsewhere."""
-        return self.reader.assembler.commit() if self.reader else None
+        return self.reader.commit() if self.reader else None
 
     @property
     def position(self) -> Position | None:

@@ -108,10 +108,9 @@ def _handler(metrics: Metrics, status: Status, files: WeightFiles | None) -> typ
             elif self.path == "/healthz":
                 self._reply(200, "application/json", status.to_json().encode())
             elif self.path == "/readyz":
-                ready = status.state != "starting"
-                body = {"ready": ready, "state": status.state, "waiting_for": status.waiting_for or None}
-                if not ready:
-                    body["waiting_for"] = "the first publication of weights"
+                ready = status.version is not None
+                waiting_for = status.waiting_for or None if ready else "the first publication of weights"
+                body = {"ready": ready, "state": status.state, "waiting_for": waiting_for}
                 self._reply(200 if ready else 503, "application/json", json.dumps(body).encode())
             else:
                 self._reply(404, "text/plain", b"paths: /metrics /healthz /readyz\n")

@@ -68,7 +68,9 @@ class Policy:
         self.vocabulary = int(config.vocab_size)
         self.longest_tokens = int(config.max_position_embeddings)
         self.size = count_parameters(self.model)
-        self._attention_size = int(config.num_hidden_layers * config.hidden_size)
+        heads = int(config.num_attention_heads)
+        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        self._attention_size = int(config.num_hidden_layers) * heads * head_size
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
@@ -83,8 +85,12 @@ class Policy:
         return self.settings.lr * min(1.0, (step + 1) / self.settings.warmup_steps)
 
     def _flops(self, tokens: int) -> float:
-        """Floating-point operations of one trajectory's forward and backward pass, recomputation not counted."""
-        return 6.0 * tokens * (self.size + self._attention_size * tokens)
+        """Floating-point operations of one trajectory's forward and backward pass, recomputation not counted.
+
+        2 a parameter and token forward, 2 for the gradient of what comes in, 2 for the parameter's own where it trains.
+        """
+        of_parameters = (4.0 if self.settings.lora_rank else 6.0) * self.size
+        return tokens * (of_parameters + 6.0 * self._attention_size * tokens)
 
     def model_flops_share(self, batch: Sequence[Sample], seconds: float) -> float | None:
         """MFU of a step over a batch: operations a second over the peak of all ranks; None where no peak is set."""

@@ -135,15 +135,21 @@ def write_delta_file(
         new_label: its (version, lineage).
 
     Returns:
-        the delta; None where it would be no smaller than the weights themselves, or the layout differs.
+        the delta; None where it would be no smaller than the weights themselves, the layout differs, or there is no
+        room for it.
     """
     if not same_layout(old, new):
         return None
     folder = Path(new.path).parent
     path = folder / delta_name(*new_label)
     beside = path.with_name(path.name + PARTIAL)
-    with mapped(Path(old.path)) as before, mapped(Path(new.path)) as after:
-        written = write_delta(beside, before, after, new.tensors, limit_bytes=new.total_bytes - 1)
+    try:
+        with mapped(Path(old.path)) as before, mapped(Path(new.path)) as after:
+            written = write_delta(beside, before, after, new.tensors, limit_bytes=new.total_bytes - 1)
+    except OSError as error:
+        log.warning("version %d goes without a delta: %s", new_label[0], error)
+        beside.unlink(missing_ok=True)
+        return None
     if written is None:
         return None
     beside.rename(path)

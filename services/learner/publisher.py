@@ -50,6 +50,8 @@ class Publisher:
         self.crc32, self.delta_ratio, self.seconds = 0, None if files is None else 1.0, 0.0
         self._published: list[tuple[int, WeightManifest]] = []
         self._deltas: list[WeightDelta] = []
+        if self.folder.is_dir():  # what a crash left would be one more than has to fit
+            remove_older(self.folder)
 
     def snapshot(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Snapshot:
         """Copy the weights as they are now. See `publication.take_snapshot`."""

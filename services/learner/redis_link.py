@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
-from singlestream.errors import Fenced
+from singlestream.errors import DeadlineExceeded, Fenced
 from singlestream.streams import LOST, Keys, LearnerStreams, connect, persist
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,13 @@ class Status:
     """What the heartbeat says of the learner.
 
     Args:
-        step: optimizer steps taken.
         total_steps: of the run.
-        state: starting, waiting, training, publishing or finished.
+        step: optimizer steps taken.
+        state: starting, waiting, training, publishing, stopped or finished.
         waiting_for: what a waiting learner waits for; empty otherwise.
         reward_mean: of the last batch; None before the first.
+        lineage: start of the learner; 0 before it has taken over.
+        version: announced last by this start; None before the first.
         at_s: Unix time of the heartbeat.
     """
 
@@ -110,10 +112,10 @@ class RedisLink:
             await asyncio.sleep(HEARTBEAT_S)
 
     def beat_now(self) -> None:
-        """Send one heartbeat at once, where Redis answers."""
+        """Send one heartbeat at once, where Redis answers within its deadline."""
         try:
             self.call(lambda: self.streams.heartbeat(self.status.to_json()), "a heartbeat")
-        except (Fenced, *LOST) as error:
+        except (Fenced, DeadlineExceeded) as error:
             log.warning("last heartbeat not sent: %s", error)
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ class Sample:
         last_version: policy version of the last one.
         policy_versions: distinct (version, lineage) that sampled it.
         tool_calls: code blocks run.
+        prompt_tokens: of the first segment.
     """
 
     lease_id: str

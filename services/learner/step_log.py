@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,25 @@ STEPS, EVIDENCE = "steps.jsonl", "evidence.jsonl"
 STARTED = "started_at_s"
 
 
-def surviving_records(text: str, step: int) -> list[str]:
+def surviving_records(lines: Iterable[str], step: int) -> Iterator[str]:
     """Lines up to and including ``step``; a last line that a crash cut short, and all beyond ``step``, are dropped."""
-    kept = []
-    for line in text.splitlines():
+    for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            survives = json.loads(line)["step"] <= step
         except (ValueError, KeyError):
             continue
-    return kept
+        if survives:
+            yield line.rstrip("\n") + "\n"
 
 
 class _Lines:
     """A file of JSON lines with a step in each; what a resume takes again is cut off."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = surviving_records(path.read_text(), step) if step and path.is_file() else []
         beside = path.with_suffix(".partial")
-        beside.write_text("".join(line + "\n" for line in kept))
+        path.touch()
+        with path.open() as before, beside.open("w") as after:
+            after.writelines(surviving_records(before, step) if step else ())
         os.replace(beside, path)
         self._file = path.open("a")
 

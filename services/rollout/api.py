@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.rollout import completions
+from services.rollout.episode import NothingSampled, PromptTooLong
 from services.rollout.generation import EngineDead
 from singlestream.contracts import Sampling
 from singlestream.errors import ConfigError, SandboxError
@@ -98,7 +99,7 @@ def _guarded(replica_of: Callable[[], Replica]) -> APIRouter:
     async def authorize(request: Request) -> None:
         token = replica_of().config.rollout.token
         told = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token is not None and not secrets.compare_digest(told, token.get_secret_value()):
+        if token is not None and not secrets.compare_digest(told.encode(), token.get_secret_value().encode()):
             raise HTTPException(401, "Authorization: Bearer <rollout.token> is needed")
 
     guarded = APIRouter(dependencies=[Depends(authorize)])
@@ -122,6 +123,10 @@ def _guarded(replica_of: Callable[[], Replica]) -> APIRouter:
             return await replica_of().run_episode(request.question, request.answer, request.environment, sampling)
         except (KeyError, ConfigError) as error:
             raise HTTPException(422, f"environment {request.environment!r}: {error}") from error
+        except PromptTooLong as error:
+            raise HTTPException(422, str(error)) from error
+        except NothingSampled as error:
+            raise HTTPException(504, str(error)) from error
         except SandboxError as error:
             raise HTTPException(502, str(error)) from error
         except EngineDead as error:

@@ -132,6 +132,8 @@ class _Answer:
 
     def __init__(self, replica: Replica, request: _Request, ids: list[int], kind: str, logprobs: bool) -> None:
         self.replica, self.request, self.ids, self.kind, self.logprobs = replica, request, ids, kind, logprobs
+        if not ids:
+            raise HTTPException(422, "the prompt is empty")
         room = replica.config.rollout.max_model_tokens - len(ids)
         if room < 1:
             raise HTTPException(422, f"the prompt has {len(ids)} tokens, the context {len(ids) + room}")

@@ -154,8 +154,11 @@ class VllmEngine:
     async def _aborted_at_gate(self, request_id: str) -> bool:
         """Wait until weights have been swapped; True if the request was aborted meanwhile."""
         self._gated[request_id] = False
-        await self._open.wait()
-        return self._gated.pop(request_id)
+        try:
+            await self._open.wait()
+            return self._gated[request_id]
+        finally:
+            del self._gated[request_id]
 
     async def stream(
         self,

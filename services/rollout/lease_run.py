@@ -155,8 +155,12 @@ class LeaseRunner:
             else:
                 await self._put_back(running, lease.progress, "pin", count_attempt=False)
             return False
-        if lease.purpose == "evaluate" and self.weights.holding:
+        if lease.pinned:
             return True
+        if lease.purpose == "evaluate" and self.weights.holding:
+            await self.persist(self.pins.look, "reading the pin")
+            if self.pins.named:
+                return True  # left over by a job that has ended: nobody waits for its policy
         cause = "stop"
         try:
             if await _unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):

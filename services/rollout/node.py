@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from services.rollout.process_env import NODE_VARIABLE, has_gpu, node_name
 from services.rollout.scaling import OBJECT_STORE_BYTES, SLOT_RESOURCE
@@ -54,8 +55,8 @@ async def handed_over(redis: Redis, keys: Keys, node: str, deadline_s: float) ->
         try:
             await redis.hset(keys.draining, node, str(time.time()))
             told = [json.loads(report) for report in (await redis.hgetall(keys.replicas)).values()]
-        except LOST as error:
-            log.warning("node %s drains, and Redis is away: %s", node, error)
+        except (*LOST, ResponseError) as error:  # a full Redis refuses the mark
+            log.warning("node %s drains, and Redis is away or refuses: %s", node, error)
         else:
             if not [one for one in told if one.get("node") == node and time.time() - one["at_s"] < SILENT_S]:
                 return True

@@ -201,6 +201,8 @@ class Replica:
 
         Raises:
             KeyError, ConfigError: the environment or its grader is not known.
+            PromptTooLong: there is no room for a response.
+            NothingSampled: the wall time passed before the first token.
             SandboxError: the sandbox failed.
             EngineDead: the engine failed.
         """

@@ -13,7 +13,6 @@ import mmap
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import httpx
 
 from services.rollout.manifest import OpenWeights, open_weights
 from services.rollout.metrics import Metrics
+from singlestream.checksums import file_crc32
 from singlestream.config import RunConfig
 from singlestream.contracts import PolicyVersion, WeightDelta
 from singlestream.errors import DeadlineExceeded, WeightsError
@@ -45,7 +45,6 @@ ATTEMPTS = 5
 BACKOFF_S = 0.25
 TIMEOUT_S = 30.0
 """Without a byte for so long the connection counts as broken."""
-PART_BYTES = 1 << 20
 POLL_S = 0.05
 
 
@@ -169,7 +168,7 @@ class WeightFetcher:
 
     def _path_of_deltas(self, here: PolicyVersion) -> tuple[Path, list[WeightDelta]] | None:
         """The newest base that is on this machine, and the deltas that lead from it to this version."""
-        assert here.manifest.remote is not None  # noqa: S101  the keeper asks for none other
+        assert here.manifest.remote is not None  # noqa: S101  `checked_weights` asks for none other
         deltas = here.manifest.remote.deltas
         for first in range(len(deltas) - 1, -1, -1):
             name = weights_name(deltas[first].base_version, deltas[first].base_lineage)
@@ -187,7 +186,7 @@ class WeightFetcher:
                 path = self.folder / (name + PARTIAL)
                 changes.append(path)
                 self._download(here, name, path, delta.nbytes, delta_etag(delta), "delta")
-                if _crc32(path) != delta.crc32:
+                if file_crc32(path) != delta.crc32:
                     raise WeightsError(f"{name}: checksum differs")
             shutil.copyfile(base, beside)
             if beside.stat().st_size != here.manifest.total_bytes:
@@ -213,7 +212,7 @@ class WeightFetcher:
 
     def _download(self, here: PolicyVersion, name: str, path: Path, nbytes: int, etag: str, kind: str) -> None:
         """Fill a file up to its length, over as many connections as it takes."""
-        assert here.manifest.remote is not None  # noqa: S101  the keeper asks for none other
+        assert here.manifest.remote is not None  # noqa: S101  `checked_weights` asks for none other
         url = f"{here.manifest.remote.url}/weights/{name}"
         failures, cause = 0, ""
         while (have := path.stat().st_size if path.is_file() else 0) < nbytes:
@@ -294,11 +293,3 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while part := file.read(PART_BYTES):
-            checksum = zlib.crc32(part, checksum)
-    return checksum

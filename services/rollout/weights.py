@@ -91,7 +91,7 @@ class WeightKeeper:
         self.last_error = ""
         self.holding = False
         """Whether a pinned evaluation keeps newer versions from being loaded."""
-        self._loading = self._again = False
+        self._loading = self._again = self._looked = False
         self._changed = asyncio.Condition()
         self._cursor: str | None = None
 
@@ -102,8 +102,15 @@ class WeightKeeper:
 
     @property
     def held_still(self) -> bool:
-        """Whether the engine's weights stay what they are: held, and no load under way."""
-        return self.holding and not self._loading
+        """Whether the engine's weights stay what they are: held, and no load under way or, at the start, still to come.
+
+        So an evaluation is never pinned to the model's folder while a published policy waits to be loaded.
+        """
+        return self._keeps and not self._loading
+
+    @property
+    def _keeps(self) -> bool:
+        return self.holding and self._looked
 
     async def refresh(self) -> None:
         """Load the newest version from its file again, even if it is the one that is held."""
@@ -132,7 +139,7 @@ class WeightKeeper:
         if self.fetcher is not None:
             self.fetcher.stopping = stop.is_set
         while not stop.is_set():
-            if self.holding:
+            if self._keeps:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), POLL_MS / 1000)
                 continue
@@ -140,6 +147,7 @@ class WeightKeeper:
                 entries = await self._read()
                 if entries:
                     await self._consider(entries)
+                self._looked = True
             except (WeightsError, DeadlineExceeded, FileNotFoundError) as error:
                 self.metrics.updates.labels("refused").inc()
                 await self._look_again(error, stop)
@@ -168,7 +176,7 @@ class WeightKeeper:
         return reply[0][1] if reply else []
 
     async def _consider(self, entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> None:
-        if self.holding:
+        if self._keeps:
             return  # since these were read; they are read again afterwards
         cursor, newest, passed_over = newest_of(entries)
         self.metrics.skipped.inc(passed_over)

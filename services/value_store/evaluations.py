@@ -37,11 +37,13 @@ async def create_job(store: Store, job: Job, resume: bool) -> Job:
     return job
 
 
-async def cancel_job(store: Store, job: Job) -> None:
+async def cancel_job(store: Store, job_id: str) -> Job:
     """End a job before its items; leases of it that are out end by themselves. Nothing where it has finished."""
-    async with store.writing():
+    async with store.writing() as memory:
+        job = memory.jobs[job_id]
         if job.finished_at_s is None:
             await _fail(store, job, "cancelled by request")
+    return job
 
 
 async def _fail(store: Store, job: Job, error: str) -> None:

@@ -23,7 +23,7 @@ from singlestream.contracts import Purpose
 from singlestream.streams.pins import Pin
 
 FORGOTTEN_S = 3600.0
-"""After so long a replica's last report is not shown any more."""
+"""After so long a replica's last report is removed."""
 
 MAX_EVALUATIONS = 1_000_000
 """Where no share bounds them."""

@@ -25,7 +25,7 @@ _PENDING, _LEASED, _DONE, _FAILED = range(4)
 
 
 class ItemResult(BaseModel):
-    """What one item came to; stands in Redis until its job is deleted."""
+    """What one item came to; stands in Redis for the life of the run."""
 
     model_config = ConfigDict(frozen=True)
 

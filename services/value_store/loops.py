@@ -174,8 +174,10 @@ async def _wanted(store: Store) -> tuple[int, int]:
             pipe.xlen(keys.leases(purpose))
             pipe.execute_command("XPENDING", keys.leases(purpose), GROUP)
         raw, *lengths = await pipe.execute()
-    now_s = time.time()
-    store.replicas = [one for one in issuing.parse_replicas(raw) if now_s - one.at_s < issuing.FORGOTTEN_S]
+    now_s, reports = time.time(), issuing.parse_replicas(raw)
+    store.replicas = [one for one in reports if now_s - one.at_s < issuing.FORGOTTEN_S]
+    if gone := [one.name for one in reports if now_s - one.at_s >= issuing.FORGOTTEN_S]:
+        await store.redis.hdel(keys.replicas, *gone)  # killed ones never sign off
     counts = [pending["pending"] if isinstance(pending, dict) else pending[0] for pending in lengths[1::2]]
     held = dict(zip(PURPOSES, counts, strict=True))
     unread = {one: max(0, length - held[one]) for one, length in zip(PURPOSES, lengths[0::2], strict=True)}

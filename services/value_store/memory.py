@@ -26,9 +26,7 @@ from singlestream.errors import ContractError, UnknownOutcome
 from singlestream.streams.connection import renew_file
 from singlestream.streams.ledger import PURPOSES, LedgerCounts, ValueStoreStreams, read_ledger
 from singlestream.streams.pins import Pin
-
-VERSIONS_KEPT = 1024
-"""Policy versions listed over REST."""
+from singlestream.streams.training import VERSIONS_KEPT
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,10 @@ def load_evidence(folder: Path) -> Evidence:
     names = {name: index for index, name in enumerate(dict.fromkeys(row["prompt_id"] for row in rows))}
 
     def column(name: str, kind: type) -> Any:
-        return np.array([np.nan if row[name] is None else row[name] for row in rows], kind)
+        try:
+            return np.array([np.nan if row[name] is None else row[name] for row in rows], kind)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{folder}: a record of evidence.jsonl has no usable {name}") from error
 
     reward_N, step_N = column("reward", np.float64), column("step", np.int64)
     return Evidence(

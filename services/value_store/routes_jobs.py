@@ -125,9 +125,8 @@ async def get_job(store: StoreDep, job_id: JobPath) -> JobOut:
 @writes.post("/jobs/{job_id}/cancel", summary="End a job early", responses=NOT_FOUND)
 async def cancel_job(store: StoreDep, job_id: JobPath) -> JobOut:
     """Nothing more is leased for it; its results so far stay. A finished job stays as it is."""
-    job = _find(store, job_id)
-    await evaluations.cancel_job(store, job)
-    return show(store, job)
+    _find(store, job_id)
+    return show(store, await evaluations.cancel_job(store, job_id))
 
 
 @reads.get(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from singlestream.cli.values import ConfigOption, JsonOption
+from singlestream.cli.values import ConfigOption, JsonOption, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,21 +23,16 @@ StallOption = Annotated[float, typer.Option(min=1.0, help="Give up watching afte
 LimitOption = Annotated[int | None, typer.Option(min=1, help="At most so many prompts of the split.")]
 PromptsOption = Annotated[Path | None, typer.Option(exists=True, help="JSONL of prompts to post first.")]
 STALL_S = 3600.0
+DATASET_S = 1800.0
+"""A data set must be loaded within this, from the hub too."""
 
 
 @contextmanager
 def _store(config: Path) -> Iterator[ValueStore]:
     """The run's value store; a named error ends the command with exit code 1, Ctrl-C with 130."""
-    from singlestream.cli.connect import store_of
-    from singlestream.config import load_config
-    from singlestream.errors import SinglestreamError
-
     try:
-        with store_of(load_config(config)) as store:
+        with open_store(config) as store:
             yield store
-    except SinglestreamError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("the job goes on; the same command watches it again, `singlestream jobs cancel` ends it", err=True)
         raise typer.Exit(130) from None
@@ -146,20 +141,16 @@ def read_dataset(name: str, environment: str) -> list[NewPrompt]:
     name, _, file = name.partition("=")
     with tempfile.TemporaryDirectory(prefix="ss-") as folder:
         out = Path(folder) / "prompts.jsonl"
-        command = [
-            sys.executable,
-            "-m",
-            "services.rollout.datasets",
-            name,
-            *([file] if file else []),
-            "--out",
-            str(out),
-        ]
-        command += ["--split", "eval", "--environment", environment]
         # a service's own command: this package imports no service
-        reply = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "services.rollout.datasets", name, *([file] if file else [])]
+        command += ["--out", str(out), "--split", "eval", "--environment", environment]
+        try:
+            reply = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DATASET_S)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"data set {name}: not there after {DATASET_S:.0f} s") from None
         if reply.returncode != 0:
-            raise ConfigError(f"data set {name}: {reply.stderr.strip().splitlines()[-1]}")
+            said = reply.stderr.strip().splitlines() or [f"its reader ended with {reply.returncode}"]
+            raise ConfigError(f"data set {name}: {said[-1]}")
         return read_prompts(out)
 
 

@@ -18,9 +18,10 @@ from singlestream.supervisor.supervisor import Supervisor
 def read_prompts(path: Path) -> list[NewPrompt]:
     """Prompts of a JSONL file. Raises `ConfigError` that names the line which is no prompt."""
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text().split("\n"), start=1):  # a question may hold U+2028 or U+0085
         try:
-            prompts.append(NewPrompt.model_validate_json(line))
+            if line.strip():
+                prompts.append(NewPrompt.model_validate_json(line))
         except ValidationError as error:
             raise ConfigError(f"{path}:{number}: {error}") from error
     return prompts

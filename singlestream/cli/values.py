@@ -27,7 +27,8 @@ LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="Rows.")]
 
 
 @contextmanager
-def _store(config: Path) -> Iterator[ValueStore]:
+def open_store(config: Path) -> Iterator[ValueStore]:
+    """The run's value store; a named error ends the command with exit code 1."""
     from singlestream.cli.connect import store_of
     from singlestream.config import load_config
     from singlestream.errors import SinglestreamError
@@ -88,7 +89,7 @@ def top(
     as_json: JsonOption = False,
 ) -> None:
     """Prompts in order, by default those the sampler is most likely to draw."""
-    with _store(config) as store:
+    with open_store(config) as store:
         page = store.list(order=order, descending=not ascending, limit=limit)
     _show_prompts(f"by {order}", page.prompts, as_json)
 
@@ -96,7 +97,7 @@ def top(
 @app.command()
 def search(text: str, config: ConfigOption, limit: LimitOption = 20, as_json: JsonOption = False) -> None:
     """Prompts whose question contains a text."""
-    with _store(config) as store:
+    with open_store(config) as store:
         page = store.list(q=text, limit=limit)
     _show_prompts(f"questions with {text!r}", page.prompts, as_json)
 
@@ -104,7 +105,7 @@ def search(text: str, config: ConfigOption, limit: LimitOption = 20, as_json: Js
 @app.command()
 def show(prompt_id: str, config: ConfigOption, limit: LimitOption = 20, as_json: JsonOption = False) -> None:
     """One prompt: its posterior and its last updates, newest first."""
-    with _store(config) as store:
+    with open_store(config) as store:
         prompt, history = store.get(prompt_id), store.history(prompt_id, limit)
     if as_json:
         _json(prompt)
@@ -127,7 +128,7 @@ def show(prompt_id: str, config: ConfigOption, limit: LimitOption = 20, as_json:
 @app.command()
 def stats(config: ConfigOption, as_json: JsonOption = False) -> None:
     """The table of prompts at a glance: visits, mean value, sampling entropy, calibration."""
-    with _store(config) as store:
+    with open_store(config) as store:
         answer = store.stats()
     if as_json:
         _json(answer)
@@ -156,7 +157,7 @@ def import_(
     source: Annotated[str | None, typer.Option(help="Source of prompts that name none.")] = None,
 ) -> None:
     """Insert prompts, with priors where the file has rewards."""
-    with _store(config) as store:
+    with open_store(config) as store:
         answer = store.import_file(path, source)
     _json(answer)
 
@@ -168,14 +169,14 @@ def export(
     job: Annotated[str | None, typer.Option(help="Estimation job, for .json.")] = None,
 ) -> None:
     """Write every prompt and its value to a file."""
-    with _store(config) as store:
+    with open_store(config) as store:
         store.export_file(path, job)
     typer.echo(f"{path}: {path.stat().st_size} bytes")
 
 
 def ledger(config: ConfigOption, as_json: JsonOption = False) -> None:
     """Where every lease is, by purpose."""
-    with _store(config) as store:
+    with open_store(config) as store:
         answer = store.ledger()
     if as_json:
         _json(answer)

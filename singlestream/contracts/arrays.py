@@ -22,15 +22,20 @@ def _validator(name: str) -> PlainValidator:
     def validate(value: Any) -> NDArray[Any]:
         if isinstance(value, dict):
             if set(value) != {"dtype", "shape", "data"} or value["dtype"] != name:
-                raise ValueError(f"expected an array {{dtype: {name!r}, shape, data}}, got keys {sorted(value)}")
+                raise ValueError(
+                    f"expected an array {{dtype: {name!r}, shape, data}}, got keys {sorted(map(str, value))}"
+                )
             data, shape = value["data"], value["shape"]
             if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) != 1:
                 raise ValueError("an array on the wire has bytes as data and a one-dimensional shape")
-            if len(data) != shape[0] * dtype.itemsize:
+            if not isinstance(shape[0], int) or len(data) != shape[0] * dtype.itemsize:
                 raise ValueError(f"{len(data)} bytes cannot hold {shape[0]} items of {name}")
             array = np.frombuffer(data, dtype)
         else:
-            array = np.array(value, dtype)  # a copy: the caller's array may change, a message may not
+            try:
+                array = np.array(value, dtype)  # a copy: the caller's array may change, a message may not
+            except (TypeError, OverflowError) as error:  # pydantic takes a ValueError alone as a bad field
+                raise ValueError(f"no vector of {name}: {error}") from error
             if array.ndim != 1:
                 raise ValueError(f"expected one dimension, got {array.ndim}")
         array.setflags(write=False)

@@ -58,7 +58,7 @@ def _open(data: bytes) -> tuple[str, Any]:
     version, kind = envelope["v"], envelope["kind"]
     if version != SCHEMA_VERSION:
         raise UnknownMessage(f"schema version {version!r}; this build speaks {SCHEMA_VERSION}")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UnknownMessage(f"kind {kind!r}; known: {', '.join(KINDS)}")
     return kind, envelope["body"]
 

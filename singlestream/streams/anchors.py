@@ -27,7 +27,7 @@ end
 while tonumber(redis.call('HGET', KEYS[4], 'bytes') or 0) > tonumber(ARGV[2]) do
   local oldest = redis.call('ZPOPMIN', KEYS[3])[1]
   if not oldest then break end
-  redis.call('HINCRBY', KEYS[4], 'bytes', -redis.call('HSTRLEN', KEYS[2], oldest))
+  redis.call('HINCRBY', KEYS[4], 'bytes', 0 - redis.call('HSTRLEN', KEYS[2], oldest))
   redis.call('HINCRBY', KEYS[4], 'evicted', 1)
   redis.call('HDEL', KEYS[2], oldest)
 end
@@ -39,7 +39,8 @@ local function commit_anchors(pairs_, anchor_of, anchors, ages, counts)
   for i = 1, #pairs_, 2 do
     local before = redis.call('HGET', anchor_of, pairs_[i])
     if before then
-      redis.call('HINCRBY', counts, 'bytes', -redis.call('HSTRLEN', anchors, before))
+      -- 0 - n: Lua's -0, of an anchor that was evicted, is no number to Redis 7.0
+      redis.call('HINCRBY', counts, 'bytes', 0 - redis.call('HSTRLEN', anchors, before))
       redis.call('HDEL', anchors, before)
       redis.call('ZREM', ages, before)
       redis.call('HDEL', anchor_of, pairs_[i])

@@ -60,7 +60,7 @@ class Keys:
 
     @property
     def policy_versions(self) -> str:
-        """Stream of published policy versions. Written by the learner."""
+        """Stream of the newest published policy versions. Written and trimmed by the learner."""
         return self._key("policy_versions")
 
     @property

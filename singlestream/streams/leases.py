@@ -61,6 +61,10 @@ return lost
 """
 
 
+CLAIM_COUNT = 64
+"""Leases that one command claims from silent holders."""
+
+
 @dataclass(frozen=True)
 class Held:
     """A lease in a replica's hands, and the stream entry that makes it so."""
@@ -197,20 +201,22 @@ class LeaseConsumer:
         """
         moved = 0
         for purpose in ("train", "estimate", "evaluate"):
-            stream = self.keys.leases(purpose)
-            _, entries, _ = await self.redis.xautoclaim(
-                stream, GROUP, self.consumer, int(timeout_s * 1000), start_id="0-0", count=64
-            )
-            for entry, fields in entries:
-                held = await self._decode(stream, entry.decode(), fields)
-                if held is None:
-                    continue
-                if held.lease.attempts + 1 >= max_attempts:
-                    ended = await self.fail(held, "attempts", f"its holder went silent, {max_attempts} times in all")
-                else:
-                    ended = await self.hand_over(held, held.lease.progress, count_attempt=True)
-                moved += int(ended)
+            stream, cursor = self.keys.leases(purpose), b""
+            while cursor != b"0-0":  # one call looks at ten times as many entries, alive or not
+                cursor, entries, _ = await self.redis.xautoclaim(
+                    stream, GROUP, self.consumer, int(timeout_s * 1000), start_id=cursor or "0-0", count=CLAIM_COUNT
+                )
+                for entry, fields in entries:
+                    moved += await self._move_dead(stream, entry.decode(), fields, max_attempts)
         return moved
+
+    async def _move_dead(self, stream: str, entry: str, fields: dict[bytes, bytes], max_attempts: int) -> bool:
+        held = await self._decode(stream, entry, fields)
+        if held is None:
+            return False
+        if held.lease.attempts + 1 >= max_attempts:
+            return await self.fail(held, "attempts", f"its holder went silent, {max_attempts} times in all")
+        return await self.hand_over(held, held.lease.progress, count_attempt=True)
 
     async def _end_entry(self, stream: str, number: str, entry: str, targets: Sequence[tuple[str, bytes]]) -> bool:
         reply = await self._end(

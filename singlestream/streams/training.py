@@ -22,11 +22,20 @@ return redis.call('INCR', KEYS[2])
 """
 
 PUBLISH = """
--- KEYS: fence, policy_versions, clock   ARGV: token, version, z, payload
+-- KEYS: fence, policy_versions, clock   ARGV: token, version, z, payload, versions kept
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
 redis.call('HSETNX', KEYS[3], ARGV[2], ARGV[3])
-return redis.call('XADD', KEYS[2], '*', 'id', '', 'm', ARGV[4])
+redis.call('XADD', KEYS[2], '*', 'id', '', 'm', ARGV[4])
+if redis.call('XLEN', KEYS[2]) > tonumber(ARGV[5]) then
+  local second = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 2)[2][1]
+  redis.call('XTRIM', KEYS[2], 'MINID', second)
+end
+return true
 """
+
+VERSIONS_KEPT = 1024
+"""Newest policy versions in their stream: replicas need the last one, the value store lists them; a large model's
+manifest has 50 KB."""
 
 SEND = """
 -- KEYS: fence, posterior_updates   ARGV: token, (lease, payload)...
@@ -114,7 +123,7 @@ class LearnerStreams:
         await self._fenced(
             "publish",
             [self.keys.policy_versions, self.keys.clock],
-            [str(version.version), repr(version.z), encode(version)],
+            [str(version.version), repr(version.z), encode(version), str(VERSIONS_KEPT)],
         )
 
     async def send_updates(self, updates: Sequence[PosteriorUpdate]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from redis.asyncio import Redis
 
 from services.rollout.worker import RolloutWorker
+from singlestream.cli.up import read_prompts
 from singlestream.cli.watch import JobFailed, watch
 from singlestream.clients.value_store import AsyncValueStore, Job, NewPrompt, ValueStore
 from singlestream.embedded_redis import EmbeddedRedis
@@ -171,6 +172,12 @@ async def test_an_evaluation_by_name_is_told_as_json_and_as_a_table(
     assert report["sampling"] == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     unknown = await (await Command(store, "eval", "no_such").start()).told(1)
     assert "no_such" in unknown
+
+
+def test_a_line_of_prompts_ends_at_its_line_feed_alone(tmp_path: Path) -> None:
+    rows = [NewPrompt(question="one\u2028two\u0085three", answer="7"), NewPrompt(question="four", answer="7")]
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{row.model_dump_json()}\n\n" for row in rows))
+    assert read_prompts(tmp_path / "prompts.jsonl") == rows
 
 
 async def test_what_a_job_waits_for_is_told(store: StoreProcess) -> None:

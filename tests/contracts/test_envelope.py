@@ -67,6 +67,18 @@ def test_a_reward_outside_the_unit_interval_is_refused(reward: float) -> None:
 
 
 @pytest.mark.parametrize(
+    "tokens",
+    [None, [2**40], {"dtype": "i4", "shape": [None], "data": b""}, {"dtype": "i4", "shape": [2], "data": b"\x00"}],
+    ids=["nothing", "too large", "no length", "too short"],
+)
+def test_an_array_that_is_none_is_a_bad_message(tokens: object) -> None:
+    body = trajectory().model_dump()
+    body["segments"][0]["token_ids"] = tokens
+    with pytest.raises(InvalidMessage, match="token_ids"):
+        decode(msgpack.packb({"v": 1, "kind": "trajectory", "body": body}))
+
+
+@pytest.mark.parametrize(
     ("data", "error", "text"),
     [
         (b"", InvalidMessage, "envelope"),
@@ -74,6 +86,7 @@ def test_a_reward_outside_the_unit_interval_is_refused(reward: float) -> None:
         (msgpack.packb([1, 2]), InvalidMessage, "exactly the keys"),
         (msgpack.packb({"v": 2, "kind": "lease", "body": {}}), UnknownMessage, "schema version 2"),
         (msgpack.packb({"v": 1, "kind": "leese", "body": {}}), UnknownMessage, "'leese'"),
+        (msgpack.packb({"v": 1, "kind": ["lease"], "body": {}}), UnknownMessage, "\\['lease'\\]"),
         (msgpack.packb({"v": 1, "kind": "lease", "body": None}), InvalidMessage, "lease"),
         (encode(EXAMPLES["trajectory"])[:-1], InvalidMessage, "envelope"),
     ],

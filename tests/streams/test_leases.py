@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from singlestream.contracts import PosteriorUpdate, Progress, Tombstone, Trajectory, decode, encode
 from singlestream.streams import GROUP, Held, Keys, LeaseConsumer
+from singlestream.streams.leases import CLAIM_COUNT
 from tests.contracts.messages import lease, segments, trajectory
 
 
@@ -103,6 +104,15 @@ async def test_heartbeats_keep_a_lease(redis: Redis, keys: Keys) -> None:
     await redis.xclaim(keys.leases("train"), GROUP, "a", 0, [entry], idle=3_600_000, justid=True)
     assert await a.heartbeat([held]) == []
     assert await b.claim_dead(timeout_s=600.0, max_attempts=3) == 0
+
+
+async def test_a_dead_lease_behind_many_living_ones_is_claimed(redis: Redis, keys: Keys) -> None:
+    a, b = await consumer(redis, keys, "a"), await consumer(redis, keys, "b")
+    for number in range(1, 15 * CLAIM_COUNT + 1):
+        last = await issue(redis, keys, f"train:5f3a9c01:{number}")
+    assert len(await a.take(["train"], 15 * CLAIM_COUNT, block_ms=1000)) == 15 * CLAIM_COUNT
+    await redis.xclaim(keys.leases("train"), GROUP, "a", 0, [last], idle=3_600_000, justid=True)
+    assert await b.claim_dead(timeout_s=600.0, max_attempts=3) == 1
 
 
 async def test_a_lease_out_of_attempts_fails(redis: Redis, keys: Keys) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from redis.asyncio import Redis
 
-from singlestream.contracts import PolicyVersion, PosteriorUpdate, encode
+from singlestream.contracts import PolicyVersion, PosteriorUpdate, decode_as, encode
 from singlestream.errors import DeadlineExceeded, Fenced
-from singlestream.streams import Keys, LearnerStreams, connect, newest_version, persist
+from singlestream.streams import Keys, LearnerStreams, connect, newest_version, persist, training
 from tests.contracts.messages import EXAMPLES
 
 
@@ -22,6 +22,17 @@ async def test_the_first_publication_writes_the_clock(redis: Redis, keys: Keys) 
     newest = await newest_version(redis, keys)
     assert newest is not None
     assert (newest.version, newest.lineage) == (1, 2)
+
+
+async def test_old_versions_go_and_their_z_stays(redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "VERSIONS_KEPT", 3)
+    learner = LearnerStreams(redis, keys)
+    await learner.take_over()
+    for number in range(1, 6):
+        await learner.publish(version(version=number, z=0.1 * number))
+    kept = [decode_as(PolicyVersion, fields[b"m"]).version for _, fields in await redis.xrange(keys.policy_versions)]
+    assert kept == [3, 4, 5]
+    assert await redis.hlen(keys.clock) == 5
 
 
 async def test_a_zombie_learner_writes_nothing(redis: Redis, keys: Keys) -> None:

@@ -22,6 +22,8 @@ from singlestream.config import LearnerConfig
 from tests.services.learner.recorded import trajectory
 
 STEPS = 2
+SECONDS = 0.5
+"""That the MFU is computed for."""
 
 
 def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, Any]:
@@ -47,6 +49,8 @@ def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, A
         "tensors": tensors,
         "adapters": {n: p.detach().full_tensor() for n, p in parameters(policy.model) if lora.is_adapter(n)},
         "micro_batches": len(policy.micro_batches(batch)),
+        "tokens": [sample.tokens for sample in batch],
+        "mfu": policy.model_flops_share(batch, SECONDS),
     }
 
 

@@ -52,8 +52,12 @@ def test_steps_go_on_while_a_checkpoint_of_the_state_before_is_written(
     checkpoints = Checkpoints(tmp_path, "run", policy, keep=2)
     begun, go_on = threading.Event(), threading.Event()
     pointed: list[str] = []
+    left = tmp_path / ".step-00000002-a0.partial" / "__0_0.distcp"
+    left.parent.mkdir()
+    left.write_bytes(b"a crash left this")
 
     def point(name: str, cursor: str) -> None:
+        assert not left.parent.exists(), "it made room before"
         begun.set()
         assert go_on.wait(DEADLINE_S), "the test did not go on"
         pointed.append(f"{name} {cursor}")

@@ -13,8 +13,8 @@ import torch
 from redis import Redis
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.learner.export import choose, export
-from singlestream.config import load_config
+from services.learner.export import _whole, choose, export
+from singlestream.config import Config, load_config
 from singlestream.contracts import PolicyVersion, decode_as
 from singlestream.errors import CheckpointError
 from singlestream.streams import Keys
@@ -70,3 +70,9 @@ def test_an_export_loads_in_transformers_and_in_vllm_with_the_trained_weights(
         (path / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="metadata is missing"):
         choose(run.folder / "runs" / run.name / "checkpoints", None)
+
+
+def test_adapters_without_their_settings_are_a_clear_error(tiny: Path) -> None:
+    adapters = {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(4, 128)}
+    with pytest.raises(CheckpointError, match=r"set the run's learner\.lora_rank"):
+        _whole(Config(run={"name": "x", "model": tiny, "total_steps": 1}), adapters)

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.services.learner.recorded import ROOT, lease
 
-BASE = {"lr": 3e-4, "compute_dtype": "float32", "attention": "padded", "micro_batch_tokens": 4096}
+BASE = {
+    "lr": 3e-4, "compute_dtype": "float32", "attention": "padded", "micro_batch_tokens": 4096, "peak_tflops": 2.0,
+}  # fmt: skip
 ONE_RANK: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed": {"attention": "packed"},
     "packed-4": {"attention": "packed", "micro_batch_tokens": 110},
     "padded-4": {"micro_batch_tokens": 130},
-    "checkpointing": {"gradient_checkpointing": True, "logprob_chunk_tokens": 7},
+    "checkpointing": {"gradient_checkpointing": True, "logprob_chunk_tokens": 7, "peak_tflops": 0.0},
 }
 LORA = {"lora_rank": 4, "lora_alpha": 12.0, "lora_targets": ["q_proj", "down_proj"], "lr": 1e-3}
 TWO_RANKS = {name: ONE_RANK[name] for name in ("padded", "packed-4")}
@@ -80,6 +82,17 @@ def test_the_layout_does_not_matter(one_rank: Results, name: str) -> None:
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_the_number_of_ranks_does_not_matter(one_rank: Results, two_ranks: Results, name: str) -> None:
     same(one_rank["padded"], two_ranks[name])
+
+
+def test_the_mfu_by_hand(one_rank: Results, two_ranks: Results) -> None:
+    layer = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128 + 2 * 32  # attention, MLP, norms, norms of queries and keys
+    parameters = 128 * 128 + 2 * layer + 128
+    for results, ranks in ((one_rank, 1), (two_ranks, 2)):
+        for name, a_parameter in (("padded", 6), ("lora", 4)):
+            # of attention: 2 layers of width 128, two products with as many keys as stand before, forward and backward
+            operations = sum(t * (a_parameter * parameters + 6 * 2 * 128 * t) for t in results[name]["tokens"])
+            assert results[name]["mfu"] == pytest.approx(operations / (0.5 * ranks * 2e12))
+    assert one_rank["checkpointing"]["mfu"] is None, "no peak is set"
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_names_the_lease(one_rank: Results, two_ranks: Results) -> None:

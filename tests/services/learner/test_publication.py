@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 from pathlib import Path
 
@@ -52,6 +53,24 @@ def test_other_layouts_have_no_delta(tmp_path: Path) -> None:
     one = seal(take_snapshot(WEIGHTS.items(), tmp_path, 1, 1, "bfloat16"))
     two = seal(take_snapshot([("a", WEIGHTS["a"])], tmp_path, 2, 1, "bfloat16"))
     assert write_delta_file(one, (1, 1), two, (2, 1)) is None
+
+
+def test_a_delta_that_finds_no_room_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    many = [torch.randn(200_000, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (1, 2)]
+    many[1] = torch.where(torch.arange(200_000) % 3 == 0, many[1], many[0])
+    one, two = (
+        seal(take_snapshot([("a", tensor)], tmp_path, version, 1, "bfloat16"))
+        for version, tensor in enumerate(many, start=1)
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert write_delta_file(one, (1, 1), two, (2, 1)) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "version 2 goes without a delta: [Errno 27] File too large" in caplog.text
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.delta"))
+    assert write_delta_file(one, (1, 1), two, (2, 1)) is not None
 
 
 def test_a_full_volume_is_named(tmp_path: Path) -> None:

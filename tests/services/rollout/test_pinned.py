@@ -13,9 +13,10 @@ from services.value_store import evaluations
 from services.value_store.jobs import Job
 from services.value_store.store import Store
 from singlestream.config import Config
-from singlestream.contracts import Sampling, Tombstone
+from singlestream.contracts import Sampling, Tombstone, Trajectory
 from singlestream.errors import Fenced
 from singlestream.streams import Keys
+from singlestream.streams.pins import Pin
 from tests.services.rollout.scripted import ScriptedEngine, lease
 from tests.services.rollout.test_worker import BOX, TOKENIZER, Site, Working, until
 from tests.services.value_store.world import Running, World, make_prompts
@@ -141,12 +142,44 @@ async def test_a_pinned_lease_whose_job_is_gone_is_cancelled(redis: Redis, keys:
     assert (ended.reason, ended.detail) == ("cancelled", f"job {JOB} is no longer under way")
 
 
+async def test_weights_are_held_only_once_a_published_policy_is_loaded(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    one = Site(redis, keys, tmp_path)
+    await one.publish(3)
+    hidden = tmp_path / "hidden"
+    [file] = await asyncio.to_thread(lambda: list(tmp_path.glob("v3*")))
+    file.rename(hidden)
+    await redis.set(keys.pin, Pin(JOB, ("a",)).text())
+    async with Working(one.worker("a", SlowEngine(TOKENIZER, [BOX]))) as a:
+        await until(lambda: _say(bool(a.weights.last_error) and a.weights.holding), "a load that failed")
+        assert a.report()["pinned"] is None
+        hidden.rename(file)
+        await until(lambda: _say(a.report()["pinned"] == JOB), "the answer")
+        assert a.weights.held == (3, 1)
+
+
+async def test_after_a_pin_an_unpinned_lease_waits_for_its_own_policy(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    one = Site(redis, keys, tmp_path)
+    await one.publish(0)
+    await redis.set(keys.pin, Pin(JOB, ("a",), 0, 1).text())
+    async with Working(one.worker("a", SlowEngine(TOKENIZER, [BOX]))) as a:
+        await until(lambda: _say(a.report()["pinned"] == JOB), "the held weights")
+        await one.publish(5)
+        await redis.set(keys.pin, "")
+        await one.add(lease(lease_id="evaluate:0000abcd:1", job="f" * 12, version=5, lineage=1))
+        [ended] = await one.until_ended(1, "evaluate")
+    assert isinstance(ended, Trajectory)
+    assert ended.last_version == 5
+
+
 async def test_resumed_and_cancelled(site: tuple[Site, Store]) -> None:
     _, store = site
     job = await evaluations.create_job(store, evaluation(store), resume=True)
     assert await evaluations.create_job(store, evaluation(store, number="f" * 12), resume=True) is job
     assert "none has reported" in str(evaluations.waiting_for(store, job))
-    await evaluations.cancel_job(store, job)
+    await store._read_anew()
+    job = await evaluations.cancel_job(store, JOB)
     assert (job.error, evaluations.waiting_for(store, job)) == ("cancelled by request", None)
     assert await evaluations.create_job(store, evaluation(store, number="f" * 12), resume=True) is not job
     await store._read_anew()

@@ -13,6 +13,8 @@ import httpx
 import pytest
 import torch
 
+from services.learner.publication import seal
+from services.learner.publisher import Publisher
 from services.learner.weights_http import WeightFiles
 from services.rollout import weight_fetch
 from services.rollout.manifest import open_weights
@@ -260,6 +262,21 @@ def test_a_replica_that_stops_does_not_wait_for_a_fetch(make: Any, tmp_path: Pat
         stop.set()
         with pytest.raises(Stopped):
             running.result(timeout=10)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["in its snapshot", "before its announcement"])
+def test_what_a_crash_left_makes_room_at_the_next_start(make: Any, named: bool) -> None:
+    source = make()
+    for version in (0, 1):
+        source.publish(version, tensors())
+    snapshot = source.publisher.snapshot([(n, one.bfloat16()) for n, one in tensors().items()], 2)
+    if named:
+        seal(snapshot)
+    folder = source.publisher.folder
+    assert len(list(folder.iterdir())) >= 3
+    Publisher(source.config, 2, source.link, source.files)
+    kept = (1, 2) if named else (0, 1)
+    assert sorted(path.name for path in folder.iterdir()) == [weights_name(version, 1) for version in kept]
 
 
 def test_the_server_keeps_to_http(make: Any) -> None:

@@ -117,6 +117,16 @@ async def test_anchors_stay_within_their_bytes_the_oldest_go(redis: Redis, keys:
     assert set(kept) == {one.lease_id.encode() for one in played[4:]} and booked == 40 and not of
     assert await redis.hget(keys.anchor_counts, "evicted") == b"4"
 
+    await world.learner.send_updates([evidence(one) for one in played])
+    await settle(store)
+    await store.issue(8)
+    again = await world.play()
+    await world.learner.put_anchors([(one.lease_id, bytes(10)) for one in again], 45)
+    await world.learner.send_updates([evidence(one) for one in again])  # the anchors before have been evicted
+    await settle(store)
+    kept, of, booked = await anchors(redis, keys)
+    assert set(kept) == set(of.values()) == {one.lease_id.encode() for one in again[4:]} and booked == 40
+
 
 def test_the_share_of_prompts_with_an_anchor() -> None:
     names = [f"{number:016x}" for number in range(20_000)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 from redis.asyncio import Redis
 
-from services.value_store import posterior
+from services.value_store import loops, posterior
 from services.value_store.evidence import decode_entries
 from services.value_store.issuing import demand, parse_replicas, split_demand
 from services.value_store.jobs import Job
@@ -58,6 +59,15 @@ def same_memory(a: Store, b: object) -> None:
     )
     other = two.table  # type: ignore[attr-defined]
     assert mine == sorted(zip(other.id_number, other.records(np.arange(len(other))), other.in_flight, strict=True))
+
+
+async def test_what_a_killed_replica_reported_last_goes_after_an_hour(redis: Redis, keys: Keys) -> None:
+    store, _ = await start(redis, keys)
+    await redis.hset(keys.replicas, "killed", json.dumps({"slots": 4, "in_use": 4, "at_s": time.time() - 3601}))
+    for _ in range(2):
+        await loops._wanted(store)
+    assert [replica.name for replica in store.replicas] == ["r1"]
+    assert await redis.hkeys(keys.replicas) == [b"r1"]
 
 
 async def test_a_lease_counts_once(redis: Redis, keys: Keys) -> None:
