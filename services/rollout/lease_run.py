@@ -38,10 +38,14 @@ class BadReward(Exception):
 
 @dataclass
 class Running:
-    """An episode in a slot, and, once it is ``sampled``, beside the slots until it is graded and emitted."""
+    """An episode in a slot, and, once it is ``sampled``, beside the slots until it is graded and emitted.
+
+    Once it is ``ending``, its lease may be gone because of what it does itself.
+    """
 
     held: Held
     sampled: bool = False
+    ending: bool = False
     interrupt: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     lost: bool = False
@@ -141,7 +145,7 @@ class LeaseRunner:
             if isinstance(outcome, Progress):
                 await self._put_back(running, outcome, "stop", count_attempt=False)
             else:
-                running.sampled = True
+                running.sampled = running.ending = True
                 self.slot_free.set()  # the engine need not wait for the grader and Redis
                 await self._grade(running, environment, outcome)
 
@@ -194,6 +198,7 @@ class LeaseRunner:
             await self._put_back(running, progress, "tool", count_attempt=True)
 
     async def _put_back(self, running: Running, progress: Progress | None, cause: str, count_attempt: bool) -> None:
+        running.ending = True
         held = running.held
         if count_attempt and held.lease.attempts + 1 >= self.settings.max_attempts:
             await self._fail(running, "attempts", f"attempt {held.lease.attempts + 1}: put back because of: {cause}")
@@ -207,6 +212,7 @@ class LeaseRunner:
             self.metrics.handed_over.labels(cause).inc()
 
     async def _fail(self, running: Running, reason: FailReason, detail: str) -> None:
+        running.ending = True
         log.error("lease %s ends as %s: %s", running.held.lease.lease_id, reason, detail.strip().splitlines()[-1])
         if await self.persist(lambda: self.consumer.fail(running.held, reason, detail), "failing a lease"):
             self.metrics.failed.labels(reason).inc()

@@ -159,7 +159,7 @@ class RolloutWorker:
 
     def _start(self, held: Held) -> None:
         running = Running(held)
-        if (earlier := self.running.get(held.lease.lease_id)) is not None:
+        if (earlier := self.running.get(held.lease.lease_id)) is not None and not earlier.ending:
             self._cancel_lost(earlier)
         self.running[held.lease.lease_id] = running
         running.task = asyncio.create_task(self._serve(running), name=held.lease.lease_id)
@@ -204,11 +204,11 @@ class RolloutWorker:
     async def _heartbeat(self) -> None:
         """Keep the leases alive, and cancel the episodes of those that are lost.
 
-        One that is sampled is let be: it may just have ended its lease, and if not, its end changes nothing.
+        One that ends is let be: it may just have given its lease up, and if not, its end changes nothing.
         """
         beating = dict(self.running)
         for number in await self.consumer.heartbeat([running.held for running in beating.values()]):
-            if self.running.get(number) is beating[number] and not beating[number].sampled:
+            if self.running.get(number) is beating[number] and not beating[number].ending:
                 self._cancel_lost(beating[number])
 
     def _cancel_lost(self, running: Running) -> None:

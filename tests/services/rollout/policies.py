@@ -63,13 +63,15 @@ def random_policy(seed: int, *, tied: bool = True, scale: float = 3.0, eos: int 
     return model
 
 
-def negated_mlp(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """The same policy but for the sign of what its feed-forward layers add: another policy, and a small delta."""
+def opposed(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """The same policy with its feed-forward layers' sign turned, and that of its logits, which are doubled: a small
+    delta, and no token is as likely as it was."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             if name.endswith("down_proj.weight"):
                 parameter.neg_()
+        other.model.norm.weight.mul_(-2)
     return other
 
 

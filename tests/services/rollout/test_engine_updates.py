@@ -176,7 +176,7 @@ async def test_the_same_with_a_delta_from_another_machine(
 ) -> None:
     """The learner's own publisher and HTTP server: whole file first, a delta in the middle of running generations."""
     monkeypatch.setattr(weight_fetch, "BACKOFF_S", 0.01)
-    before, after = bench.policies[1], policies.negated_mlp(bench.policies[1])
+    before, after = bench.policies[1], policies.opposed(bench.policies[1])
     run = f"source{bench.folder.name}"
     with weight_source.source(bench.folder, redis_server.url, run, dtype="float32") as source:
         first = bench.version + 1
