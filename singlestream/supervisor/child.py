@@ -93,7 +93,7 @@ class Child:
             deaths = 1 if time.monotonic() - started > STABLE_S else deaths + 1
             if code == EX_CONFIG or deaths > MAX_RESTARTS:
                 raise ServiceError(self.spec.name, "exit code " + str(code), self.last_lines())
-            pause_s = min(0.5 * 2 ** (deaths - 1), 30.0)
+            pause_s = min(0.1 * 4 ** (deaths - 1), 30.0)
             log.warning("%s ended with code %s; starting it again in %.1f s", self.spec.name, code, pause_s)
             self.restarts += 1
             await self._sleep_unless_stopped(pause_s)
