@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_S = 5
 """Requests under way get so long at SIGTERM."""
+KEEP_ALIVE_S = 75
+"""Idle connections outlive those of clients (httpx: 5 s), so that none is closed as it is used again."""
 
 
 class _Server(uvicorn.Server):
@@ -70,6 +72,7 @@ async def run(config: Config) -> None:
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
     )
     tasks = [
