@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 
 from singlestream.contracts import Lease, decode
-from tests.services.rollout.service import RESPONSE_TOKENS, Service, running
+from tests.services.rollout.service import RESPONSE_TOKENS, START_S, Service, running
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
@@ -167,7 +167,11 @@ async def test_a_replica_that_is_scaled_away_hands_over(service: Service) -> Non
     pair = set(await service.until(lambda told: told, 2, "replicas"))
     before = await service.redis.xlen(service.keys.trajectories)
     first, last = await service.add(12, 1)
-    await service.busy(2)
+    async with asyncio.timeout(START_S):
+        while sum(bool(one["in_use"]) for one in (await service.reports()).values()) < 2:  # one may take all there is
+            if await service.redis.xlen(service.keys.leases("train")) < MANY:
+                _, last = await service.add(4, 1)
+            await asyncio.sleep(0.2)
     await service.scale(1)
     while len(await service.reports()) > 1:  # both stay busy until one has signed off
         if await service.redis.xlen(service.keys.leases("train")) < 12:
