@@ -61,6 +61,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return load_config(DEMO)
 
 
+def _command_line(process: psutil.Process) -> str:
+    """Empty for a zombie."""
+    return " ".join(process.as_dict(["cmdline"], ad_value=[])["cmdline"])
+
+
 class Run:
     """A run under test.
 
@@ -90,7 +95,7 @@ class Run:
         main = psutil.Process(self.supervisor.children[service].pid)
         if not marks:
             return main
-        found = [p for p in main.children(recursive=True) if all(mark in " ".join(p.cmdline()) for mark in marks)]
+        found = [p for p in main.children(recursive=True) if all(mark in _command_line(p) for mark in marks)]
         assert found, f"no process of {service} has {marks}"
         return found[0]
 

@@ -27,7 +27,8 @@ async def health(service: Service, wanted: int) -> str:
 
 def engine_core(service: Service) -> psutil.Process:
     children = psutil.Process(service.process.pid).children()
-    [core] = [one for one in children if "EngineCore" in " ".join(one.cmdline())]
+    lines = [one.as_dict(["cmdline"], ad_value=[])["cmdline"] for one in children]  # a zombie has none
+    [core] = [one for one, line in zip(children, lines, strict=True) if "EngineCore" in " ".join(line)]
     return core
 
 

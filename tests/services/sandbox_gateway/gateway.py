@@ -130,8 +130,7 @@ class Gateway:
         """Wait until no run is left; asserts that no process and no open file of one stays."""
         until_s = time.monotonic() + SETTLE_DEADLINE_S
         while (now := (len(self.descendants()), self.open_files())) != footprint:
-            processes = [(p.pid, p.status(), p.cmdline()[:2]) for p in self.descendants()]
-            assert time.monotonic() < until_s, (now, footprint, processes)
+            assert time.monotonic() < until_s, (now, footprint, [str(process) for process in self.descendants()])
             time.sleep(0.01)
 
     def stop(self) -> int:
