@@ -29,10 +29,10 @@ format: setup  ## Apply what can be applied by itself.
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
+BENCHMARKS = value_store sandbox rollout weights scaling learner learner_memory
 bench: setup  ## Run every benchmark; JSON in runs/bench/.
 	@mkdir -p runs/bench
-	@for file in benchmarks/[a-z]*.py; do name=$$(basename $$file .py); \
-		[ $$name = harness ] || { echo "== $$name"; .venv/bin/python -m benchmarks.$$name --json runs/bench/$$name.json || exit 1; }; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; .venv/bin/python -m benchmarks.$$name --json runs/bench/$$name.json || exit 1; done
 
 clean:  ## Remove runs and caches, not .venv.
 	@rm -rf runs .cache .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """SPO against GRPO, and the retention modes, on the demo's task: several runs of each, through all services.
 
     python -m benchmarks.curves             # three seeds of each on the tiny model, about half an hour on two cores
-    python -m benchmarks.curves --model smollm2 --seeds 3
+    python -m benchmarks.curves --model smollm2 --methods exact   # the retention modes on a real language model
     python -m benchmarks.curves --figure    # the figure and tables again, from what has run
 
 Every run keeps its folder ``runs/curves-…``; one that is there already is not run again. The results go to
@@ -35,6 +35,22 @@ METHODS: dict[str, dict[str, str]] = {
     "exact": {"LEARNER__ANCHOR_SHARE": "1.0"},
 }
 """Environment of each method, on top of the demo's configuration: nothing else differs."""
+MODELS: dict[str, dict[str, str]] = {
+    "tiny": {},
+    # three passes over each trajectory and its prompt's previous one take a second on two cores: few prompts, visited
+    # often, at a learning rate that leaves the reward between 0 and 1
+    "smollm2": {
+        "RUN__TOTAL_STEPS": "24",
+        "RUN__TRAIN_BATCH_SIZE": "16",
+        "RUN__MAX_STALENESS": "1",
+        "LEARNER__LR": "1e-5",
+        "LEARNER__PROBE_TOKENS": "64",
+        "LEARNER__CHECKPOINT_EVERY": "1000",
+    },
+}
+"""Environment of every method on a model."""
+PROMPTS = {"smollm2": 40}
+"""Prompts kept of each split, where not all are."""
 DRAWN = {"spo": ("SPO", "#1f77b4"), "grpo": ("GRPO", "#d62728"), "exact": ("SPO, exact drift of all", "#2ca02c")}
 """Method → its name in the figure, and its colour."""
 WINDOW = 3
@@ -46,12 +62,27 @@ def run_name(model: str, method: str, seed: int) -> str:
     return f"curves-{model}-{method}-{seed}"
 
 
+def with_few_prompts(model: Path, most: int) -> Path:
+    """A folder of links to a model's files, with the first ``most`` prompts of each split."""
+    folder = Path("runs") / f"curves-model-{model.name}-{most}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in model.iterdir():
+        if file.name != "prompts.jsonl" and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    prompts = [json.loads(line) for line in (model / "prompts.jsonl").read_text().splitlines()]
+    chosen = [one for split in ("eval", "train") for one in [p for p in prompts if p["split"] == split][:most]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in chosen))
+    return folder
+
+
 def train(model: str, method: str, seed: int, steps: int | None) -> None:
     """Run the demo once with this method; a run that is whole is kept."""
     folder = Path("runs") / run_name(model, method, seed)
     if (folder / "summary.json").is_file():
         return
-    settings = METHODS[method] | {"RUN__NAME": folder.name, "RUN__SEED": str(seed)}
+    settings = MODELS[model] | METHODS[method] | {"RUN__NAME": folder.name, "RUN__SEED": str(seed)}
+    if model in PROMPTS:
+        settings["RUN__MODEL"] = str(with_few_prompts(Path(".cache/models") / model, PROMPTS[model]))
     environment = os.environ | {f"SINGLESTREAM_{name}": value for name, value in settings.items()}
     command = [sys.executable, "-m", "singlestream.cli.main", "demo", "--model", model]
     command += [] if steps is None else ["--steps", str(steps)]
@@ -154,14 +185,15 @@ def write(model: str) -> None:
 def main() -> None:
     """Run what is missing, one run at a time, the methods in turn; then write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
-    parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2"))
+    parser.add_argument("--model", default="tiny", choices=MODELS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the configuration's")
     parser.add_argument("--figure", action="store_true", help="run nothing")
     options = parser.parse_args()
     if not options.figure:
         for seed in range(options.seeds):
-            for method in METHODS:
+            for method in options.methods:
                 train(options.model, method, seed, options.steps)
     write(options.model)
 

@@ -1,19 +1,21 @@
 """Optimizer steps on one fixed batch, each way in its own process: ours, bare transformers + AdamW, TRL's trainer.
 
 ``python -m benchmarks.learner_workers WAY SETTINGS`` prints one JSON object; `WAYS` has the ways.
-Every way trains the same random model on the same trajectories, in fp32, with the same loss weights.
+Every way trains the same random model on the same trajectories, in the same dtype over fp32 masters, with the same loss
+weights.
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -44,13 +46,26 @@ def build(name: str) -> Any:
     )
 
 
+def response_lengths(settings: dict[str, Any]) -> list[int]:
+    """Tokens of each response, in random order: the quantiles of its distribution, so that no draw is a lucky one.
+
+    ``response_tokens`` is {"low", "high"}: all lengths alike; or {"median", "log_sigma"}: log-normal, the long tail.
+    """
+    tokens, count = settings["response_tokens"], settings["batch"]
+    shares = [(place + 0.5) / count for place in range(count)]
+    if "median" in tokens:
+        lengths = [tokens["median"] * math.exp(tokens["log_sigma"] * NormalDist().inv_cdf(share)) for share in shares]
+    else:
+        lengths = [tokens["low"] + share * (tokens["high"] - tokens["low"]) for share in shares]
+    return [round(lengths[place]) for place in np.random.default_rng(1).permutation(count)]
+
+
 def trajectories(settings: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt, response) token ids; responses of uneven length, as an agent's are."""
+    """(prompt, response) token ids."""
     rng = np.random.default_rng(0)
-    low, high = settings["response_tokens"]
     return [
-        (rng.integers(3, 100, settings["prompt_tokens"]), rng.integers(3, 100, int(rng.integers(low, high + 1))))
-        for _ in range(settings["batch"])
+        (rng.integers(3, 100, settings["prompt_tokens"]), rng.integers(3, 100, length))
+        for length in response_lengths(settings)
     ]
 
 
@@ -59,15 +74,26 @@ def advantages(count: int) -> np.ndarray:
     return np.where(np.arange(count) % 2, 1.0, -1.0)
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had at a time."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def measured(seconds: list[float]) -> dict[str, float]:
+    """What a way of making steps reports: seconds of a step, and the process' peak memory, its libraries included."""
+    return {"median_s": statistics.median(seconds), "peak_mib": peak_bytes() / 2**20}
+
+
 def timed(step: Callable[[], Any], repetitions: int) -> dict[str, float]:
-    """Median and best seconds of a step, after one to warm up."""
+    """Time so many steps, after one to warm up."""
     step()
     seconds = []
     for _ in range(repetitions):
         started = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - started)
-    return {"median_s": statistics.median(seconds), "best_s": min(seconds)}
+    return measured(seconds)
 
 
 def our_policy(settings: dict[str, Any], folder: str, attention: str, recompute: bool = False) -> Any:
@@ -78,10 +104,10 @@ def our_policy(settings: dict[str, Any], folder: str, attention: str, recompute:
 
     build(settings["model"]).save_pretrained(folder)
     learner = LearnerConfig(
-        lr=LR, compute_dtype="float32", micro_batch_tokens=settings["micro_batch_tokens"], attention=attention,
+        lr=LR, compute_dtype=settings["dtype"], micro_batch_tokens=settings["micro_batch_tokens"], attention=attention,
         gradient_checkpointing=recompute,
     )  # fmt: skip
-    return Policy(Path(folder), learner, 1.0, Ranks(60))
+    return Policy(Path(folder), learner, 1.0, Ranks(600))
 
 
 def our_samples(rows: list[tuple[np.ndarray, np.ndarray]], rewards: np.ndarray) -> list[Any]:
@@ -114,10 +140,30 @@ def ours(settings: dict[str, Any], attention: str) -> dict[str, float]:
         return timed(lambda: policy.update(samples, scaled, 0), settings["repetitions"])
 
 
+class Masters:
+    """fp32 masters of a model that computes in another dtype, and AdamW on them, as a careful plain loop has them."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        self.masters = [parameter.detach().clone() for parameter in model.parameters()]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=LR, fused=True)
+        self.computing = list(model.to(dtype).parameters())
+
+    def step(self) -> None:
+        """Clip, step, and copy back."""
+        for master, computing in zip(self.masters, self.computing, strict=True):
+            master.grad = computing.grad.float()
+            computing.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            for master, computing in zip(self.masters, self.computing, strict=True):
+                computing.copy_(master)
+
+
 def bare(settings: dict[str, Any], packed: bool) -> dict[str, float]:
     """A plain loop over micro-batches of similar lengths: the model's logits, their log-softmax, AdamW."""
     model = build(settings["model"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    masters = Masters(model, getattr(torch, settings["dtype"]))
     rows = trajectories(settings)
     scaled = advantages(len(rows))
     total = sum(len(response) for _, response in rows)
@@ -144,17 +190,20 @@ def bare(settings: dict[str, Any], packed: bool) -> dict[str, float]:
                     ids[place, : len(row)] = torch.from_numpy(row)
                     weights[place, : len(row)] = torch.from_numpy(weight[place])
                 logits = model(input_ids=ids, use_cache=False).logits
-            logprobs = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
             (-(logprobs * weights[:, 1:]).sum() / total).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        masters.step()
 
     return timed(step, settings["repetitions"])
 
 
 def trl(settings: dict[str, Any]) -> dict[str, float]:
-    """TRL's GRPO trainer on the same trajectories, its generation replaced by them."""
+    """TRL's GRPO trainer on the same trajectories, its generation replaced by them.
+
+    As its documentation has it for speed: one iteration a batch and no reference model (no extra passes), no gradient
+    checkpointing, autocast where the others compute in bf16, its default fused AdamW. Like its own generation step,
+    completions are padded to the batch's longest.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -197,7 +246,8 @@ def trl(settings: dict[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(parts),
-            num_generations=8, max_steps=settings["repetitions"] + 1, learning_rate=LR, beta=0.0, bf16=False,
+            num_generations=8, max_steps=settings["repetitions"] + 1, learning_rate=LR, beta=0.0,
+            bf16=settings["dtype"] == "bfloat16",
             gradient_checkpointing=False, use_cpu=True, report_to=[], logging_steps=1000, save_strategy="no",
             max_completion_length=width, disable_tqdm=True,
         )  # fmt: skip
@@ -207,44 +257,7 @@ def trl(settings: dict[str, Any]) -> dict[str, float]:
             train_dataset=dataset, processing_class=make_tokenizer(), callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
-    return {"median_s": statistics.median(seconds[1:]), "best_s": min(seconds[1:])}
-
-
-def growth(step: Callable[[int], Any], tokens: int) -> dict[str, float]:
-    """Growth of the process' peak memory from a step on 16 tokens to one on ``tokens``, in bytes a token."""
-    step(16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(tokens)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"bytes_per_token": 1024 * (after - before) / tokens}
-
-
-def peak(settings: dict[str, Any], recompute: bool) -> dict[str, float]:
-    """Our step on one long trajectory."""
-    ((prompt, response),) = trajectories(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        policy = our_policy(settings, folder, "packed", recompute)
-
-        def step(tokens: int) -> None:
-            samples = our_samples([(prompt[:8], response[: tokens - 8])], advantages(1))
-            policy.update(samples, np.ones(1), 0)
-
-        return growth(step, len(prompt) + len(response))
-
-
-def peak_bare(settings: dict[str, Any]) -> dict[str, float]:
-    """The plain loop's step on one long trajectory."""
-    model = build(settings["model"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    ids = torch.from_numpy(np.concatenate(trajectories(settings)[0]))[None]
-
-    def step(tokens: int) -> None:
-        logits = model(input_ids=ids[:, :tokens], use_cache=False).logits
-        (-logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:tokens, None]).mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return growth(step, ids.shape[1])
+    return measured(seconds[1:])
 
 
 WAYS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
@@ -253,9 +266,6 @@ WAYS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
     "bare-padded": lambda settings: bare(settings, packed=False),
     "bare-packed": lambda settings: bare(settings, packed=True),
     "trl": trl,
-    "peak": lambda settings: peak(settings, recompute=False),
-    "peak-recomputed": lambda settings: peak(settings, recompute=True),
-    "peak-bare": peak_bare,
 }
 
 if __name__ == "__main__":

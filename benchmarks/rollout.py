@@ -13,12 +13,14 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import Figure, run
+from services.rollout.environments.single_turn import SingleTurn
 from services.rollout.process_env import apply_engine_variables
 from singlestream.config import Config, RolloutConfig, RunConfig
 from singlestream.contracts import Lease, Sampling, TensorEntry, WeightManifest, encode
@@ -29,7 +31,39 @@ CONCURRENCY, RESPONSE_TOKENS = 64, 128
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
 LARGE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 15, "num_attention_heads": 16}
 LARGE_VOCABULARY = 32_000
+PAIRS = 7
+END = "e"
+"""A token of the random policy, which samples each of its 128 about as often."""
 _numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How long the answers are.
+
+    Args:
+        suffix: of the figures' names.
+        max_tokens: longest answer.
+        ends: whether `END` ends an answer.
+        about: for the report.
+    """
+
+    suffix: str
+    max_tokens: int
+    ends: bool
+    about: str
+
+
+TOGETHER = Case("", 128, False, "128 tokens each, so that all end in the same step: the hardest case")
+UNEVEN = Case("_uneven", 448, True, "about 120 tokens each, uneven as real answers are")
+CASES = (TOGETHER, UNEVEN)
+
+
+class Ending(SingleTurn):
+    """A question and an answer, which ends as soon as the policy happens to sample `END`."""
+
+    name = "ending"
+    stop = (END,)
 
 
 def make_model(folder: Path, shape: dict[str, int], vocabulary: int) -> Any:
@@ -94,16 +128,18 @@ def questions(count: int) -> list[str]:
     return ["".join(chr(97 + (7 * n + 3 * place + n // 26) % 26) for place in range(24)) for n in range(count)]
 
 
-async def bare_tokens_per_s(engine: Any, asked: list[str]) -> float:
+async def bare_tokens_per_s(engine: Any, asked: list[str], case: Case) -> float:
     """The engine alone: the same prompts and sampling, `CONCURRENCY` at a time."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
+    tokenizer = engine.tokenizer
     params = SamplingParams(
-        max_tokens=RESPONSE_TOKENS,
+        max_tokens=case.max_tokens,
         temperature=1.0,
         logprobs=0,
         detokenize=False,
+        stop_token_ids=[tokenizer.convert_tokens_to_ids(END)] if case.ends else [],
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     waiting = iter(asked)
@@ -112,7 +148,7 @@ async def bare_tokens_per_s(engine: Any, asked: list[str]) -> float:
     async def one_slot() -> None:
         nonlocal tokens
         for question in waiting:
-            prompt = TokensPrompt(prompt_token_ids=engine.tokenizer.encode(question), cache_salt=f"b{next(_numbers)}")
+            prompt = TokensPrompt(prompt_token_ids=tokenizer.encode(question), cache_salt=f"b{next(_numbers)}")
             async for output in engine.llm.generate(prompt, params, f"bare-{next(_numbers)}"):
                 tokens += len(output.outputs[0].token_ids)
 
@@ -121,7 +157,25 @@ async def bare_tokens_per_s(engine: Any, asked: list[str]) -> float:
     return tokens / (time.monotonic() - started)
 
 
-async def service_tokens_per_s(engine: Any, config: Config, asked: list[str]) -> float:
+async def _post(redis: Any, keys: Any, asked: list[str], environment: str) -> None:
+    """Leases for the worker to take, as the value store writes them."""
+    for n, question in enumerate(asked, 1):
+        lease = Lease(
+            lease_id=f"estimate:0000abcd:{n}",
+            prompt_id=str(n),
+            question=question,
+            answer="",
+            environment=environment,
+            v_hat=0.5,
+            version=0,
+            sampling=SAMPLING,
+            issued_at_s=time.time(),
+        )
+        entry = await redis.xadd(keys.leases("estimate"), {"id": lease.lease_id, "m": encode(lease)})
+        await redis.hset(keys.live, lease.lease_id, entry)
+
+
+async def service_tokens_per_s(engine: Any, config: Config, asked: list[str], case: Case) -> float:
     """The worker on a real Redis: from the first lease taken to the last trajectory emitted."""
     from services.rollout.environments import make_environment
     from services.rollout.lease_run import LeaseRunner
@@ -134,37 +188,26 @@ async def service_tokens_per_s(engine: Any, config: Config, asked: list[str]) ->
     from singlestream.streams import Keys, LeaseConsumer, connect
 
     redis, keys, metrics = connect(config.run.redis_url), Keys(f"bench{next(_numbers)}"), Metrics()
-    environment = make_environment("single_turn", engine.tokenizer)
-    for n, question in enumerate(asked, 1):
-        lease = Lease(
-            lease_id=f"estimate:0000abcd:{n}",
-            prompt_id=str(n),
-            question=question,
-            answer="",
-            environment="single_turn",
-            v_hat=0.5,
-            version=0,
-            sampling=SAMPLING,
-            issued_at_s=time.time(),
-        )
-        entry = await redis.xadd(keys.leases("estimate"), {"id": lease.lease_id, "m": encode(lease)})
-        await redis.hset(keys.live, lease.lease_id, entry)
-    keeper = WeightKeeper(redis, keys, engine, model_tensors(config.run.model), config.rollout, metrics)
-    sandbox = SandboxClient(config.rollout.sandbox_url)
+    limits = config.rollout.model_copy(update={"max_response_tokens": case.max_tokens})
+    name = f"{__name__ if __name__ != '__main__' else 'benchmarks.rollout'}:Ending" if case.ends else "single_turn"
+    environment = make_environment(name, engine.tokenizer)
+    await _post(redis, keys, asked, name)
+    keeper = WeightKeeper(redis, keys, engine, model_tensors(config.run.model), limits, metrics)
+    sandbox = SandboxClient(config.sandbox_url)
     runner = LeaseRunner(
         LeaseConsumer(redis, keys, "bench"),
         engine,
         keeper,
         lambda _: environment,
-        lambda: SandboxTools(sandbox, config.rollout, metrics),
+        lambda: SandboxTools(sandbox, limits, metrics),
         _always,
-        config.rollout,
+        limits,
         metrics,
     )
     worker = RolloutWorker(runner, "bench")
     started = time.monotonic()
     working = asyncio.create_task(worker.run())
-    while metrics.action_tokens._value.get() < len(asked) * RESPONSE_TOKENS:  # asking Redis would slow the worker
+    while metrics.turns._sum.get() < len(asked):  # asking Redis would slow the worker
         if working.done():
             working.result()
         await asyncio.sleep(0.01)
@@ -180,29 +223,34 @@ async def _always() -> bool:
     return True
 
 
+async def _compare(engine: Any, config: Config, case: Case, quick: bool) -> list[Figure]:
+    """Short runs in pairs, in changing order, so that a machine that grows busier favours neither side."""
+    asked = questions(CONCURRENCY * (1 if quick else 4))
+    service, bare = [], []
+    for pair in range(1 if quick else PAIRS):
+        for side in ("bare", "service") if pair % 2 == 0 else ("service", "bare"):
+            if side == "bare":
+                bare.append(await bare_tokens_per_s(engine, asked, case))
+            else:
+                service.append(await service_tokens_per_s(engine, config, asked, case))
+    ratios = sorted(s / b for s, b in zip(service, bare, strict=True))
+    note = f"{case.about}; {len(ratios)} pairs in turns, {ratios[0]:.3f} to {ratios[-1]:.3f}; aim 0.95"
+    return [
+        Figure(f"service_tokens_c64{case.suffix}", statistics.median(service), "tokens/s"),
+        Figure(f"engine_tokens_c64{case.suffix}", statistics.median(bare), "tokens/s"),
+        Figure(f"service_vs_engine_tokens_c64{case.suffix}", statistics.median(ratios), "ratio", note),
+    ]
+
+
 async def throughput(folder: Path, redis_url: str, quick: bool) -> list[Figure]:
-    """Tokens/s through the service and of the bare engine, in turns."""
+    """Tokens/s through the service and of the bare engine, then updates of the same engine."""
     make_model(folder / "small", SMALL, 128)
     config = settings(folder, folder / "small", redis_url, cpu_threads=1)
     apply_engine_variables(config)
-    asked = questions(128 if quick else 512)
     async with engine_of(config) as engine:
         engine.tokenizer = engine._tokenizer
-        await bare_tokens_per_s(engine, asked[:CONCURRENCY])
-        pairs = []
-        for _ in range(1 if quick else 5):
-            bare = await bare_tokens_per_s(engine, asked)
-            pairs.append((await service_tokens_per_s(engine, config, asked), bare))
-        figures = [
-            Figure("service_tokens_c64", statistics.median(s for s, _ in pairs), "tokens/s"),
-            Figure("engine_tokens_c64", statistics.median(b for _, b in pairs), "tokens/s"),
-            Figure(
-                "service_vs_engine_tokens_c64",
-                statistics.median(s / b for s, b in pairs),
-                "ratio",
-                "bare AsyncLLM, same prompts, in turns; aim 0.95",
-            ),
-        ]
+        await bare_tokens_per_s(engine, questions(CONCURRENCY), TOGETHER)
+        figures = [figure for case in CASES for figure in await _compare(engine, config, case, quick)]
         return figures + await updates(engine, config, folder / "small", "small", 3 if quick else 9)
 
 
@@ -232,9 +280,12 @@ def write_weights(model_folder: Path, target: Path) -> WeightManifest:
 
 
 def copy_seconds(path: Path) -> float:
-    """A plain copy of the file's bytes, mapped, into memory that has been touched before."""
+    """A plain copy of the file's bytes, mapped, into memory that has been touched before.
+
+    Fresh memory would add the kernel's time for clearing it, several times the copy's own.
+    """
     source = np.memmap(path, np.uint8, "r")
-    target = np.zeros(source.shape, np.uint8)
+    target = np.ones(source.shape, np.uint8)
     started = time.monotonic()
     np.copyto(target, source)
     return time.monotonic() - started

@@ -40,8 +40,10 @@ SECONDS = {False: 3.0, True: 0.5}
 SLICES = {"print": 8, "numpy": 4, "sympy": 1}
 """Turns of a row's two sides; a slice must be long beside one bare run."""
 OVERHEAD_REQUESTS = {False: 300, True: 50}
-NEIGHBOUR_TURNS = 3
+NEIGHBOUR_TURNS = 4
 CORES = len(os.sched_getaffinity(0))
+NEIGHBOURS = 2 * CORES - 1
+"""All slots but one, so that no one waits for a slot."""
 START_DEADLINE_S = 60.0
 
 
@@ -114,6 +116,7 @@ async def overhead_ms(client: SandboxClient, requests: int) -> float:
     return 1e3 * statistics.median(beyond_s)
 
 
+HONEST = "sum(i * i for i in range(100_000))"
 HOSTILE = (
     "while True: pass",
     "import threading\nfor _ in range(20): threading.Thread(target=lambda: sum(iter(int, 1))).start()",
@@ -126,19 +129,20 @@ HOSTILE = (
 
 
 async def beside_neighbours(client: SandboxClient, seconds: float) -> list[Figure]:
-    """One honest caller alone, beside honest neighbours, and beside hostile ones, in turns; one neighbour a core."""
+    """One honest caller alone, beside honest neighbours, and beside as many hostile ones, in turns."""
 
     async def keep_running(code: str, stop: asyncio.Event) -> None:
         while not stop.is_set():
             await client.execute(ExecuteRequest(code=code, timeout_s=2, memory_mb=512), deadline_s=60)
 
-    honest = "sum(i * i for i in range(100_000))"
-    crews = {"alone": (), "beside_honest": (honest,) * CORES, "beside_hostile": (HOSTILE * CORES)[: max(CORES, 6)]}
+    crews: dict[str, tuple[str, ...]] = {"alone": (), "beside_honest": (HONEST,), "beside_hostile": HOSTILE}
     times_s: dict[str, list[float]] = {name: [] for name in crews}
-    for _ in range(NEIGHBOUR_TURNS):
+    for turn in range(NEIGHBOUR_TURNS):
         for name, codes in crews.items():
             stop = asyncio.Event()
-            neighbours = [asyncio.create_task(keep_running(code, stop)) for code in codes]
+            # Where there are fewer of them than kinds, the kinds take turns.
+            chosen = [codes[(turn * NEIGHBOURS + n) % len(codes)] for n in range(NEIGHBOURS if codes else 0)]
+            neighbours = [asyncio.create_task(keep_running(code, stop)) for code in chosen]
             await asyncio.sleep(0.5)
             slice_s, _ = await slice_times(sandboxed(client, "print"), 1, seconds / NEIGHBOUR_TURNS)
             times_s[name] += slice_s

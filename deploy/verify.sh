@@ -144,6 +144,14 @@ print(f"  {len(targets)} addresses and ports tried, {len(reached)} reached {reac
 sys.exit(bool(reached))
 PY
 
+if [[ $COMPOSE_FILE == *compose.ray.yml* ]]; then
+    say "Ray answers who holds its token, and nobody else"
+    ray_answers() { "${COMPOSE[@]}" exec -T "$@" ray_head sh -c 'ray health-check --address "$(cat /tmp/listening_on):6380"' 2>&1; }
+    ray_answers >/dev/null || die "Ray does not answer who holds its token"
+    STRANGER=$(ray_answers -e RAY_AUTH_TOKEN="$(printf '%064d' 0)") && die "Ray answers a stranger"
+    grep -o -m 1 InvalidAuthToken <<<"$STRANGER" | sed 's/^/  a stranger is told: /' || die "Ray refuses a stranger for another reason: $STRANGER"
+fi
+
 if [[ $COMPOSE_FILE == *compose.monitoring.yml* ]]; then
     say "Prometheus scrapes every service and evaluates every rule"
     watched() { COMPOSE_PROFILES=cpu,monitoring "${COMPOSE[@]}" "$@"; }
@@ -157,6 +165,15 @@ if [[ $COMPOSE_FILE == *compose.monitoring.yml* ]]; then
     all_evaluated() { [ "$(evaluated)" = "$RULES" ]; }
     wait_for "every rule to be evaluated" all_evaluated
     printf '  up: %s; %s rules evaluated\n' "$(up_jobs)" "$(evaluated)"
+
+    say "an alert fires while a service is down, and ends when it is back"
+    firing() { asked alerts | field "' '.join(sorted(a['labels']['job'] for a in d['data']['alerts'] if (a['labels']['alertname'], a['state']) == ('ServiceDown', 'firing')))"; }
+    fires_for() { [ "$(firing)" = "$1" ]; }
+    "${COMPOSE[@]}" stop sandbox_gateway >/dev/null 2>&1
+    wait_for "ServiceDown to fire" fires_for sandbox_gateway
+    printf '  ServiceDown: %s\n' "$(firing)"
+    "${COMPOSE[@]}" start sandbox_gateway >/dev/null 2>&1
+    wait_for "ServiceDown to end" fires_for ""
 fi
 
 say "done"

@@ -9,20 +9,24 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from singlestream.errors import ConfigError
+from singlestream.validation import problems
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-class Section(BaseModel):
-    """Base of the sections: immutable and closed to unknown keys."""
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class Section(BaseModel):
+    """Base of the sections: immutable, closed to unknown keys, with no NaN or infinity in its numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -32,8 +36,8 @@ class RunConfig(Section):
     """Name of the run: prefix of its Redis keys and of its folders."""
     model: Path
     """Folder of a Hugging Face causal language model and its tokenizer: the policy at version 0."""
-    redis_url: str = "redis://127.0.0.1:6379/0"
-    """``redis://`` or ``unix://``; ``singlestream up`` replaces it by the private server it starts."""
+    redis_url: str = Field(default="redis://127.0.0.1:6379/0", pattern=r"^(rediss?|unix)://")
+    """``redis://``, ``rediss://`` or ``unix://``; ``singlestream up`` replaces it by the private server it starts."""
     total_steps: int = Field(gt=0)
     """Train batches of the whole run; each makes one policy version."""
     train_batch_size: int = Field(default=256, gt=0)
@@ -46,7 +50,7 @@ class RunConfig(Section):
     """Sampling temperature of training; the learner scores with the same."""
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the published weights and of the engines' compute."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the run; each replica and each store derives its own."""
     runs_dir: Path = Path("runs")
     """Checkpoints, logs and reports go to ``runs_dir/name``."""
@@ -77,6 +81,7 @@ class Listening(Section):
     host: str = "127.0.0.1"
     """Address to bind; anything but loopback needs a key where the service has one."""
     port: int = Field(ge=1, le=65535)
+    """TCP port, one for each service of a machine."""
 
 
 class ValueStoreConfig(Listening):
@@ -111,6 +116,10 @@ class ValueStoreConfig(Listening):
     """The weight is divided by n_eff^γ (ICLR version of SPO); 0 switches that off."""
     history_entries: int = Field(default=256, gt=0)
     """Updates kept per prompt for its story."""
+    finished_jobs_kept: int = Field(default=100, ge=1)
+    """Finished jobs kept with their results; older ones are dropped as new ones are made."""
+    dead_letters_kept: int = Field(default=10_000, ge=1)
+    """Messages that could not be used, kept to look at; older ones are dropped and counted."""
     redis_memory_share: float = Field(default=0.6, gt=0.0, lt=1.0)
     """Leasing stops above this share of Redis' maxmemory."""
     redis_deadline_s: float = Field(default=600.0, gt=0.0)
@@ -171,8 +180,8 @@ class RolloutConfig(Listening):
     """
     clear_cache: bool = False
     """Whether a weight update recomputes running requests' KV under the new weights."""
-    sandbox_url: str = "http://127.0.0.1:8101"
-    """Sandbox gateway for tool calls."""
+    sandbox_url: str | None = None
+    """Sandbox gateway for tool calls; None: the one of ``[sandbox_gateway]``, on this machine."""
     tool_timeout_s: float = Field(default=10.0, gt=0.0, le=60.0)
     """Wall time of one code block."""
     kv_cache_gib: float = Field(default=1.0, gt=0.0)
@@ -210,8 +219,8 @@ class LearnerConfig(Section):
     """Learning rate (docs/spo.md)."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """AdamW's (docs/spo.md)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's, each in [0, 1)."""
     grad_norm: float = Field(default=1.0, gt=0.0)
     """Gradients are clipped to this norm (docs/spo.md)."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -347,6 +356,11 @@ class Config(BaseSettings):
         return env_settings, init_settings
 
     @property
+    def sandbox_url(self) -> str:
+        """Where tool calls go."""
+        return self.rollout.sandbox_url or f"http://{self.sandbox_gateway.host}:{self.sandbox_gateway.port}"
+
+    @property
     def anchor_share(self) -> float:
         """Share of the prompts whose previous response is kept, in [0, 1]."""
         return 1.0 if self.value_store.retention == "kl" else self.learner.anchor_share
@@ -363,10 +377,14 @@ class Config(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _lengths(self) -> Config:
+    def _limits(self) -> Config:
         if self.rollout.max_response_tokens >= self.rollout.max_model_tokens:
             raise ValueError(
                 "rollout.max_response_tokens must be below rollout.max_model_tokens: the prompt needs room"
+            )
+        if self.rollout.tool_timeout_s > self.sandbox_gateway.max_timeout_s:
+            raise ValueError(
+                "rollout.tool_timeout_s is above sandbox_gateway.max_timeout_s: every call would be refused"
             )
         return self
 
@@ -395,5 +413,4 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
     try:
         return Config(**values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {problems}") from error
+        raise ConfigError(f"{path}: {problems(error, Config)}") from error

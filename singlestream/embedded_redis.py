@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 import redis
 
 from singlestream.errors import ConfigError, DeadlineExceeded
+
+SOCKET_PATH_BYTES = 107
+"""Linux takes no longer one (unix(7))."""
 
 
 def find_server() -> str:
@@ -39,7 +43,9 @@ class EmbeddedRedis:
         return f"unix://{self.socket}"
 
     def command(self) -> list[str]:
-        """The server's command line."""
+        """The server's command line. Raises `ConfigError` where there is none, or the folder's path is too long."""
+        if len(os.fsencode(self.socket)) > SOCKET_PATH_BYTES:
+            raise ConfigError(f"{self.socket}: longer than a socket's path may be; choose a shorter run.runs_dir")
         settings = {
             "port": "0",
             "unixsocket": str(self.socket),
@@ -57,8 +63,6 @@ class EmbeddedRedis:
     def start(self, deadline_s: float = 20.0) -> None:
         """Start the server and wait until it answers. Raises `DeadlineExceeded` or `ConfigError`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if len(str(self.socket)) > 100:
-            raise ConfigError(f"{self.socket}: a Unix socket's path is at most 107 bytes; choose a shorter runs_dir")
         self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL)
         self.wait(deadline_s)
 

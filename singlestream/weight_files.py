@@ -41,21 +41,16 @@ def delta_etag(delta: WeightDelta) -> str:
     return f'"{delta.crc32:08x}-{delta.nbytes}"'
 
 
-def remove_older(folder: Path, keep: Collection[str] = (), kept_files: int = KEPT_FILES) -> list[Path]:
-    """Unlink what a run no longer needs from its folder; other files there are left alone.
+def remove_older(folder: Path, keep: Collection[str] = ()) -> None:
+    """Unlink older weights, deltas, and what an interrupted write left; other files are left alone.
 
     Args:
-        folder: of one run's weights.
-        keep: names that stay, whatever their age.
-        kept_files: newest whole weight files that stay, by time of writing.
-
-    Returns:
-        what went: older weights, deltas, and what an interrupted write left.
+        folder: of one run's weights; its `KEPT_FILES` newest whole weight files stay, by time of writing.
+        keep: names that stay; weights among them count as the newest, whatever a clock that was set back says.
     """
-    mine = [path for path in folder.iterdir() if _NAME.match(path.name) and path.name not in keep]
-    whole = sorted((p for p in mine if p.suffix == ".weights"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+    mine = [path for path in folder.iterdir() if _NAME.match(path.name)]
+    whole = sorted((p for p in mine if p.suffix == ".weights"), key=lambda p: (p.name in keep, p.stat().st_mtime_ns))
     others = [path for path in mine if path.suffix != ".weights"]
-    gone = others + whole[: max(0, len(whole) - kept_files)]
-    for path in gone:
-        path.unlink(missing_ok=True)
-    return gone
+    for path in others + whole[:-KEPT_FILES]:
+        if path.name not in keep:
+            path.unlink(missing_ok=True)

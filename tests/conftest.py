@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ def redis_server() -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture
 def keys() -> Keys:
-    """Keys of a run that no other test uses."""
-    return Keys(f"t{next(_numbers)}")
+    """Keys of a run that no other test uses, nor another session on this machine, whose weights lie beside these."""
+    return Keys(f"t{os.getpid()}-{next(_numbers)}")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from singlestream.config import Config, load_config
@@ -37,21 +38,17 @@ def run(config: Config) -> int:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(_threads(config.learner.deterministic, local_ranks))
     torch.use_deterministic_algorithms(config.learner.deterministic)
-    ranks = Ranks(config.learner.redis_deadline_s + PEER_MARGIN_S)
-    learner = None
     try:
-        learner = Learner(config, ranks)
-        train(learner)
+        timeout_s = config.learner.redis_deadline_s + PEER_MARGIN_S
+        with closing(Ranks(timeout_s)) as ranks, closing(Learner(config, ranks)) as learner:
+            train(learner)
     except SinglestreamError as error:
         log.error("%s: %s", type(error).__name__, error)
         return 1
-    except RuntimeError as error:
-        log.exception("rank %d of %d cannot go on: %s", ranks.rank, ranks.world, error)
+    except Exception as error:  # the top of the process: the cause belongs in its log
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        log.exception("rank %s of %s cannot go on: %s", rank, world, error)
         return 1
-    finally:
-        if learner is not None:
-            learner.close()
-        ranks.close()
     return 0
 
 

@@ -23,12 +23,12 @@ class Background:
         self._last: Future[None] | None = None
         self._error: BaseException | None = None
 
-    def submit(self, call: Callable[[], None]) -> None:
+    def submit(self, call: Callable[[], object]) -> None:
         """Queue a call. Raises the error of an earlier one."""
         self.check()
         self._last = self._executor.submit(self._run, call)
 
-    def _run(self, call: Callable[[], None]) -> None:
+    def _run(self, call: Callable[[], object]) -> None:
         if self._error is None:
             try:
                 call()

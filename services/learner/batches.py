@@ -43,6 +43,9 @@ class ConsumedLeases:
         low, above = self._epochs.get(epoch, (0, set()))
         return n <= low or n in above
 
+    def __len__(self) -> int:
+        return sum(low + len(above) for low, above in self._epochs.values())
+
     def add(self, lease_id: str) -> None:
         """Mark a lease; the mark rises over every gap that closes."""
         if lease_id in self:
@@ -134,6 +137,7 @@ class BatchAssembler:
         staleness_bound: a trajectory whose generated segments are all older than this many updates is stale (I11).
         position: where to go on from.
         group_size: leases of a group; divides ``batch_size``.
+        total_leases: of the run, where none is made up for (groups); None where lost ones are issued again.
 
     Attributes:
         batch: trainable trajectories and their messages.
@@ -142,8 +146,16 @@ class BatchAssembler:
     Example: ``offer`` entries until ``complete``, train `batch`, then `commit`.
     """
 
-    def __init__(self, batch_size: int, staleness_bound: int, position: Position, group_size: int = 1) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        staleness_bound: int,
+        position: Position,
+        group_size: int = 1,
+        total_leases: int | None = None,
+    ) -> None:
         self.batch_size, self.staleness_bound, self.group_size = batch_size, staleness_bound, group_size
+        self.total_leases = total_leases
         self.position = position
         self._cursor = position.cursor
         self._consumed = position.consumed.copy()
@@ -158,14 +170,14 @@ class BatchAssembler:
 
     @property
     def ended(self) -> bool:
-        """Whether the end marker was met: no further entry will come."""
-        return self._ended
+        """Whether no further trajectory will come: the end marker was met, or every lease of the run has ended."""
+        return self._ended or (self.total_leases is not None and len(self._consumed) >= self.total_leases)
 
     @property
     def complete(self) -> bool:
         """Whether the batch is full, or the run has ended and this is the remainder (which may be empty)."""
         full = self._groups >= self.batch_size // self.group_size and bool(self.batch)
-        return self._ended or full
+        return self.ended or full
 
     def offer(self, entry: str, number: str, message: Message | None, raw: bytes, error: str, step: int) -> Decision:
         """Take the next entry of the stream.

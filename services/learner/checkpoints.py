@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step-<step>-<fence token>`` with the shards that torch's distributed checkpoint wrote and one
 ``state.json``: where the learner stood, and size and crc32 of every file. It is written under another name and renamed
-when whole; it counts from the moment the resume pointer in Redis names it, which only the learner that holds the fence
-can move (I12).
+when whole and on disk; it counts from the moment the resume pointer in Redis names it, which only the learner that
+holds the fence can move (I12).
 
 Saving copies the tensors to the host's memory and returns; a thread of its own, with a process group of its own, writes
 them beside the next steps. One checkpoint is in flight at a time.
@@ -11,10 +11,9 @@ them beside the next steps. One checkpoint is in flight at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -31,20 +31,33 @@ from torch.distributed.tensor import DTensor
 
 from services.learner.background import Background
 from services.learner.batches import ConsumedLeases, Position
+from services.learner.checkpoint_files import (
+    ARCHIVE,
+    FORMAT,
+    STATE_FILE,
+    UNREADABLE,
+    checkpoint_name,
+    crc32_of,
+    incomplete,
+    mismatch,
+    named,
+    read_state,
+    step_of,
+    sync_folder,
+)
+from services.learner.identity import changed, identity
 from services.learner.model import parameters
 from services.learner.policy import Policy
 from singlestream.checksums import file_crc32
+from singlestream.config import Config
 from singlestream.errors import CheckpointError, SinglestreamError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-STATE_FILE = "state.json"
-ARCHIVE = "archive"
-"""Folder beside the checkpoints of a resume: what is kept for good, to export."""
 MODEL = "model."
 """Prefix of the policy's own tensors; the others are the optimizer's moments."""
-_NAME = re.compile(r"^step-(\d{8})-([0-9a-f]+)$")
+DEADLINE_S = 3600.0
+"""The slowest rank's shards must be written, or checked, within this; a rank that dies is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +77,6 @@ class LearnerState:
     position: Position
 
 
-def checkpoint_name(step: int, token: str) -> str:
-    """Folder name of a checkpoint."""
-    return f"step-{step:08d}-{token}"
-
-
-def step_of(name: str) -> int:
-    """Step in a checkpoint's name. Raises `CheckpointError` for any other name."""
-    match = _NAME.match(name)
-    if match is None:
-        raise CheckpointError(f"{name!r} is no name of a checkpoint")
-    return int(match[1])
-
-
-def fingerprint(run: str, policy: Policy) -> str:
-    """What a checkpoint must share with the run that loads it: the run's name, and every parameter's name and shape."""
-    shapes = [(name, list(parameter.shape)) for name, parameter in parameters(policy.model)]
-    return hashlib.sha256(json.dumps([run, shapes]).encode()).hexdigest()
-
-
 def _tensors(policy: Policy) -> dict[str, torch.Tensor]:
     """Masters and both moments of every parameter that trains, sharded as they are; loading fills these very tensors.
 
@@ -94,7 +88,7 @@ def _tensors(policy: Policy) -> dict[str, torch.Tensor]:
             continue
         state = policy.optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=parameter.device)  # where a fused optimizer wants it
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         tensors[f"{MODEL}{name}"] = parameter.detach()
@@ -108,60 +102,21 @@ def optimizer_steps(policy: Policy) -> int:
     return max((int(moments["step"]) for moments in policy.optimizer.state.values()), default=0)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's ``state.json``. Raises OSError or ValueError."""
-    state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-    return state
-
-
-def damage(path: Path, deep: bool = True) -> str:
-    """What is wrong with a checkpoint's files; empty where all is well.
-
-    Args:
-        path: the checkpoint's folder.
-        deep: read every byte for its checksum, not sizes alone.
-    """
-    try:
-        state = read_state(path)
-    except (OSError, ValueError) as error:
-        return f"{path.name}: {STATE_FILE} cannot be read: {error}"
-    if state.get("format") != FORMAT:
-        return f"{path.name}: format {state.get('format')!r}; this build reads {FORMAT}"
-    for name, expected in state["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{path.name}: {name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{path.name}: {name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if deep and file_crc32(file) != expected["crc32"]:
-            return f"{path.name}: {name} fails its checksum"
-    return ""
-
-
-def named(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest step first."""
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if _NAME.match(path.name)), key=lambda path: path.name)
-
-
 class Checkpoints:
     """Writes, finds, checks and loads the checkpoints of one run. Made on every rank at once.
 
     Args:
-        folder: holds one folder a checkpoint.
-        run: name of the run.
+        config: of the run: `identity`, where checkpoints are (one folder each), ``keep_checkpoints`` (a resume may use
+            any of them) and ``archive_every`` (of these some are kept for good when newer ones push them out).
         policy: whose tensors are saved and loaded.
-        keep: newest checkpoints kept; a resume may use any of them.
-        archive_every: a checkpoint whose step is a multiple of it is kept for good when newer ones push it out;
-            0 keeps none.
     """
 
-    def __init__(self, folder: Path, run: str, policy: Policy, keep: int, archive_every: int = 0) -> None:
-        self.folder, self.policy, self.keep, self.archive_every = folder, policy, keep, archive_every
-        self.fingerprint = fingerprint(run, policy)
-        self._group = policy.ranks.own_group()
-        self._mesh = init_device_mesh("cpu", (policy.ranks.world,))
+    def __init__(self, config: Config, policy: Policy) -> None:
+        self.folder, self.policy, self.ranks = config.run.dir / "checkpoints", policy, policy.ranks
+        self.keep, self.archive_every = config.learner.keep_checkpoints, config.learner.archive_every
+        self.identity = identity(config, policy)
+        self._group = self.ranks.own_group(DEADLINE_S)
+        self._mesh = init_device_mesh("cpu", (self.ranks.world,))
         self._beside = Background("checkpoint")
 
     def save(
@@ -192,20 +147,20 @@ class Checkpoints:
             return name
         state = {
             "format": FORMAT,
-            "fingerprint": self.fingerprint,
+            "identity": self.identity,
             "step": step,
             "z": z,
             "optimizer_steps": optimizer_steps(self.policy),
             "cursor": position.cursor,
             "consumed": position.consumed.to_json(),
             "ended": position.ended,
-            "ranks": self.policy.ranks.world,
+            "ranks": self.ranks.world,
             "rng": torch.get_rng_state().numpy().tobytes().hex(),
         }
 
         def write() -> None:
             self._remove_partials(name)
-            self._write(name, staged)
+            state["files"] = self._write(name, staged)
             self._complete(name, state)
             kept = self._kept(step)
             point(name, self._cursor(kept[-1]))
@@ -226,7 +181,7 @@ class Checkpoints:
             self._beside.wait()
         except (Exception, CheckpointException) as error:  # every rank must hear of it before this one raises
             failure = error
-        cause = self.policy.ranks.broadcast(f"{type(failure).__name__}: {failure}".encode() if failure else b"")
+        cause = self.ranks.broadcast(f"{type(failure).__name__}: {failure}".encode() if failure else b"")
         if isinstance(failure, SinglestreamError):
             raise failure
         if failure is not None or cause:
@@ -261,29 +216,52 @@ class Checkpoints:
             if path != self._partial(name):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _write(self, name: str, staged: dict[str, torch.Tensor]) -> None:
-        """Every rank writes its shards beside the others."""
-        writer = FileSystemWriter(self._partial(name), single_file_per_rank=True, sync_files=True)
-        self._partial(name).mkdir(parents=True, exist_ok=True)  # another rank's writer may have made it since
+    def _write(self, name: str, staged: dict[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+        """Every rank writes its shard beside the others, and reads it back; returns size and crc32 of every file."""
+        beside = self._partial(name)
+        writer = FileSystemWriter(beside, single_file_per_rank=True, sync_files=True)
+        beside.mkdir(parents=True, exist_ok=True)  # another rank's writer may have made it since
         dcp.save(staged, storage_writer=writer, process_group=self._group)
+        shards = [beside / f"__{rank}_0.distcp" for rank in range(self.ranks.world)]
+        rank, mine = self.ranks.rank, {}
+        if shards[rank].exists():  # a rank to which no row fell writes none
+            mine = {2 * rank: shards[rank].stat().st_size, 2 * rank + 1: crc32_of(shards[rank])}
+        numbers = self._from_each(2 * self.ranks.world, mine)
+        if UNREADABLE in numbers:
+            raise CheckpointError(f"{name}: a shard that was just written cannot be read")
+        files = {
+            path.name: {"bytes": size, "crc32": crc32}
+            for path, size, crc32 in zip(shards, numbers[::2], numbers[1::2], strict=True)
+            if size
+        }
+        if self.ranks.first:
+            rest = [path for path in beside.iterdir() if path.name not in files and path.name != STATE_FILE]
+            files |= {path.name: {"bytes": path.stat().st_size, "crc32": file_crc32(path)} for path in rest}
+        return files
+
+    def _from_each(self, length: int, mine: dict[int, int]) -> list[int]:
+        """Numbers by place, each from the one rank that has it; 0 where none has. Collective, within `DEADLINE_S`."""
+        numbers = torch.zeros(length, dtype=torch.int64)
+        for place, number in mine.items():
+            numbers[place] = number
+        dist.all_reduce(numbers, group=self._group)
+        return [int(number) for number in numbers]
 
     def _complete(self, name: str, state: dict[str, Any]) -> None:
-        """Note size and checksum of every file, and give the folder its name."""
+        """Write ``state.json`` and name the folder, each on disk before the next: one with a name is whole."""
         beside, final = self._partial(name), self.folder / name
-        state["files"] = {
-            path.name: {"bytes": path.stat().st_size, "crc32": file_crc32(path)}
-            for path in sorted(beside.iterdir())
-            if path.name != STATE_FILE
-        }
-        (beside / STATE_FILE).write_text(json.dumps(state))
+        with (beside / STATE_FILE).open("w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(beside)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
+        sync_folder(self.folder)
 
     def _kept(self, step: int) -> list[Path]:
         """The newest checkpoints up to ``step``, newest first; those beyond it belong to no surviving lineage."""
-        lineage = [
-            path for path in named(self.folder) if step_of(path.name) <= step and self.problem(path, deep=False) == ""
-        ]
+        lineage = [path for path in named(self.folder) if step_of(path.name) <= step and self.problem(path) == ""]
         newest_first = sorted(lineage, key=lambda p: (step_of(p.name), p.stat().st_mtime_ns), reverse=True)
         return newest_first[: self.keep]
 
@@ -310,45 +288,66 @@ class Checkpoints:
     def _cursor(self, path: Path) -> str:
         return str(read_state(path)["cursor"])
 
-    def problem(self, path: Path, deep: bool = True) -> str:
-        """What is wrong with a checkpoint for this run; empty where it can be loaded. See `damage`."""
-        found = damage(path, deep)
-        if not found and read_state(path).get("fingerprint") != self.fingerprint:
-            return f"{path.name}: it belongs to another run or another model"
+    def problem(self, path: Path) -> str:
+        """Why a checkpoint is none for this run, by its files' sizes and its `identity`; empty where it is one."""
+        found = incomplete(path)
+        if not found and (difference := changed(read_state(path)["identity"], self.identity)):
+            return f"{path.name}: it is not of this run or model: {difference}"
         return found
 
     def choose(self, pointer: str | None) -> str | None:
         """Name of the checkpoint to resume from: the one pointed to, or else the newest good one before it.
 
+        Collective: the ranks share the reading of every byte.
+
         Args:
-            pointer: what the resume pointer holds; None before the first checkpoint: the run starts afresh.
+            pointer: what the resume pointer holds, on every rank; None before the first checkpoint: the run starts
+                afresh.
 
         Raises:
             CheckpointError: none can be used; says what is wrong with each.
         """
         if pointer is None:
-            if ignored := [path.name for path in named(self.folder)]:
+            if self.ranks.first and (ignored := [path.name for path in named(self.folder)]):
                 log.warning("no resume pointer in redis: starting afresh, ignoring %s", ", ".join(ignored))
             return None
-        last = step_of(pointer)
-        older = [path for path in named(self.folder) if step_of(path.name) <= last and path.name != pointer]
-        older.sort(key=lambda path: (step_of(path.name), path.stat().st_mtime_ns), reverse=True)
         problems = []
-        for path in (self.folder / pointer, *older):
-            problem = self.problem(path)
+        for name in json.loads(self.ranks.broadcast(json.dumps(self._candidates(pointer)).encode())):
+            problem = self._found_wrong(name)
             if not problem:
-                return path.name
-            log.error("checkpoint refused: %s", problem)
+                return str(name)
+            if self.ranks.first:
+                log.error("checkpoint refused: %s", problem)
             problems.append(problem)
         raise CheckpointError(
             f"none of the checkpoints in {self.folder} can be used: {'; '.join(problems)}. Restore one, or start a run "
             "of another name"
         )
 
+    def _candidates(self, pointer: str) -> list[str]:
+        """The checkpoint pointed to and those before it, newest first; rank 0's view is what counts."""
+        last = step_of(pointer)
+        older = [path for path in named(self.folder) if step_of(path.name) <= last and path.name != pointer]
+        older.sort(key=lambda path: (step_of(path.name), path.stat().st_mtime_ns), reverse=True)
+        return [pointer, *(path.name for path in older)]
+
+    def _found_wrong(self, name: str) -> str:
+        """`problem`, or the first file that fails its checksum. Collective: each rank reads its share of the files."""
+        path, said = self.folder / name, b""
+        if self.ranks.first:
+            problem = self.problem(path)
+            said = json.dumps([problem, {} if problem else read_state(path)["files"]]).encode()
+        problem, files = json.loads(self.ranks.broadcast(said))
+        if problem:
+            return str(problem)
+        mine = list(enumerate(sorted(files)))[self.ranks.rank :: self.ranks.world]
+        found = self._from_each(len(files), {place: crc32_of(path / file) for place, file in mine})
+        return mismatch(name, files, found)
+
     def load(self, name: str) -> LearnerState:
         """Fill the policy's tensors, from any number of ranks, and return the rest of the state. Collective."""
         path = self.folder / name
-        dcp.load(_tensors(self.policy), storage_reader=FileSystemReader(path))
+        dcp.load(_tensors(self.policy), storage_reader=FileSystemReader(path), process_group=self._group)
         state = read_state(path)
         for moments in self.policy.optimizer.state.values():
             moments["step"].fill_(state["optimizer_steps"])

@@ -19,7 +19,7 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
 
 def choose(folder: Path, name: str | None) -> Path:
     """The named checkpoint, or the newest good one. Raises `CheckpointError` that says what is wrong with each."""
-    from services.learner.checkpoints import ARCHIVE, damage, named
+    from services.learner.checkpoint_files import ARCHIVE, damage, named
 
     if name:
         candidates = [path for path in (folder / name, folder / ARCHIVE / name) if path.is_dir()] or [folder / name]
@@ -31,24 +31,25 @@ def choose(folder: Path, name: str | None) -> Path:
         if not problem:
             return path
         problems.append(problem)
-    raise CheckpointError(f"{folder}: {'; '.join(problems) or 'no checkpoint there'}")
+    none = "no checkpoint yet; one is written every learner.checkpoint_every steps"
+    raise CheckpointError(f"{folder}: {'; '.join(problems) or none}")
 
 
-def _whole(config: Config, tensors: dict[str, Any]) -> dict[str, Any]:
+def _whole(model: Path, identity: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """The model's weights: what the checkpoint holds, or the model's own with the checkpoint's adapters merged in."""
     from safetensors import safe_open
 
     from services.learner import lora
+    from services.learner.identity import BASE_WEIGHTS, LORA_ALPHA, LORA_RANK, base_weights
     from services.learner.model import weight_files
 
-    adapters = {name: tensor for name, tensor in tensors.items() if lora.is_adapter(name)}
-    if not adapters:
+    if not identity[LORA_RANK]:
         return tensors
-    if not config.learner.lora_rank:
-        raise CheckpointError("the checkpoint holds adapters: set the run's learner.lora_rank and lora_alpha")
-    scaling = config.learner.lora_alpha / config.learner.lora_rank
-    whole = {}
-    for name, path in weight_files(config.run.model).items():
+    if base_weights(model) != identity[BASE_WEIGHTS]:
+        raise CheckpointError(f"run.model: {model} holds other weights than those that the adapters were trained on")
+    scaling = identity[LORA_ALPHA] / identity[LORA_RANK]
+    adapters, whole = tensors, {}
+    for name, path in weight_files(model).items():
         with safe_open(path, "pt") as file:
             tensor = file.get_tensor(name).float()
         layer = name.removesuffix(".weight")
@@ -73,13 +74,14 @@ def export(
         The checkpoint that was exported.
 
     Raises:
-        CheckpointError: there is none that can be used, its adapters are not the settings' own, or ``out`` exists.
+        CheckpointError: there is none that can be used, its adapters belong to another model, or ``out`` exists.
     """
     import torch
     import torch.distributed.checkpoint as dcp
     from huggingface_hub import save_torch_state_dict
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+    from services.learner.checkpoint_files import read_state
     from services.learner.checkpoints import MODEL
 
     if out.exists():
@@ -97,7 +99,8 @@ def export(
         for file in config.run.model.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHTS):
                 shutil.copy(file, beside)
-        whole = _whole(config, {key.removeprefix(MODEL): tensor for key, tensor in tensors.items()})
+        named = {key.removeprefix(MODEL): tensor for key, tensor in tensors.items()}
+        whole = _whole(config.run.model, read_state(checkpoint)["identity"], named)
         weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in whole.items()}
         save_torch_state_dict(weights, beside, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
         beside.rename(out)

@@ -86,6 +86,9 @@ class StreamReader:
         longest_tokens: positions of the model.
         wait_warn_s: after so long the log says what is waited for.
         wait_timeout_s: after so long without any entry a wait fails; the seconds of the step before do not count.
+
+    Raises:
+        CheckpointError: the stream no longer has what comes after the position.
     """
 
     def __init__(
@@ -104,8 +107,9 @@ class StreamReader:
         self._read_to = assembler.position.cursor
         self._last_arrival = time.monotonic()
         self._warnings = 0
+        link.call(lambda: link.streams.check_kept(self._read_to), "the stream behind the checkpoint")
 
-    def _read(self, block_ms: int, count: int) -> None:
+    def _read(self, block_ms: int | None, count: int) -> None:
         after = self._read_to
         entries = self.link.call(lambda: self.link.streams.read(after, count, block_ms), "trajectories")
         for entry, number, raw in entries:
@@ -181,7 +185,7 @@ class StreamReader:
             held = len(self._held)
             if tokens >= most_tokens or held >= PEEK_ENTRIES:
                 return messages
-            self._read(1, READ_ENTRIES)
+            self._read(None, READ_ENTRIES)
             if len(self._held) == held:
                 return messages
         return []
@@ -273,7 +277,7 @@ class Intake:
         assert self.reader is not None  # noqa: S101  rank 0 has a reader
         batch = self.reader.assembler.batch
         if not batch:
-            return {"kind": "stop", "cause": "the value store has ended the run"}
+            return {"kind": "stop", "cause": "no further trajectory will come"}
         return {
             "kind": "batch",
             "messages": [raw for _, raw in batch],
@@ -306,6 +310,11 @@ class Intake:
     def commit(self) -> Position | None:
         """Declare the batch trained; returns rank 0's new position, None elsewhere."""
         return self.reader.commit() if self.reader else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether rank 0 knows that no further trajectory will come; False elsewhere."""
+        return self.reader is not None and self.reader.assembler.ended
 
     @property
     def position(self) -> Position | None:

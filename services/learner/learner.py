@@ -15,7 +15,7 @@ from services.learner.drift import DriftClock, Probe, make_probe
 from services.learner.intake import Batch, Intake, StopRequest, StreamReader
 from services.learner.metrics import Metrics, MetricsServer
 from services.learner.model import full_tensors
-from services.learner.observers import Observers
+from services.learner.observers import Observers, observers_of
 from services.learner.policy import Policy, StepResult
 from services.learner.publisher import Publisher
 from services.learner.ranks import Ranks
@@ -72,9 +72,7 @@ class Learner:
             self.link = RedisLink(config.run.redis_url, Keys(config.run.name), status, settings.redis_deadline_s)
             self.link.checks.append(self._beside.check)
         self.policy = Policy(config.run.model, self.settings, config.run.temperature, ranks)
-        kept, archived = self.settings.keep_checkpoints, self.settings.archive_every
-        folder = config.run.dir / "checkpoints"
-        self.checkpoints = Checkpoints(folder, config.run.name, self.policy, kept, archived)
+        self.checkpoints = Checkpoints(config, self.policy)
         if self.link is not None:
             self.link.checks.append(self.checkpoints.check)
         self.lineage, self.token = self._take_over()
@@ -90,7 +88,7 @@ class Learner:
         self.intake = Intake(ranks, reader, bound, tokens, config.anchor_share, self.stop)
         if ranks.first:
             self._log = StepLog(config.run.dir, self.step)
-            self._observers = Observers(config, self.step)
+            self._observers = Observers(observers_of(config, self.step), self._metrics.count_tracking_failure)
 
     def _take_over(self) -> tuple[int, str]:
         answer = b""
@@ -111,13 +109,14 @@ class Learner:
             streams = self.link.streams
             try:
                 pointer = self.link.call(streams.resume_name, "the resume pointer")
-                answer = (self.checkpoints.choose(pointer) or "-").encode()
+                answer = (pointer or "-").encode()
             except SinglestreamError as error:  # the others must hear of it before this rank raises
                 failure, answer = error, f"!{error}".encode()
-        name = self.ranks.broadcast(answer).decode()
-        if name.startswith("!"):
-            raise failure or SinglestreamError(f"rank 0 failed: {name[1:]}")
-        if name == "-":
+        said = self.ranks.broadcast(answer).decode()
+        if said.startswith("!"):
+            raise failure or SinglestreamError(f"rank 0 failed: {said[1:]}")
+        name = self.checkpoints.choose(None if said == "-" else said)
+        if name is None:
             torch.manual_seed(self.config.run.seed)
             return LearnerState(0, 0.0, 0, Position())
         state = self.checkpoints.load(name)
@@ -127,10 +126,11 @@ class Learner:
     def _reader(self, position: Position) -> StreamReader | None:
         if self.link is None:
             return None
-        run = self.config.run
+        run, size = self.config.run, self.config.value_store.group_size
+        total = run.total_steps * run.train_batch_size if size > 1 else None
         return StreamReader(
             self.link,
-            BatchAssembler(run.train_batch_size, run.staleness_bound, position, self.config.value_store.group_size),
+            BatchAssembler(run.train_batch_size, run.staleness_bound, position, size, total),
             self.policy.vocabulary,
             self.policy.longest_tokens,
             self.settings.wait_warn_s,
@@ -220,9 +220,11 @@ class Learner:
 
     def _point(self, name: str, oldest_cursor: str) -> None:
         if self.link is not None:
+            assert self._log is not None  # noqa: S101  rank 0's
             streams = self.link.streams
-            # a resume does not announce or close again what lies before its checkpoint
+            # a resume does not announce, close or log again what lies before its checkpoint
             self._beside.wait()
+            self._log.sync()
             self.link.call(lambda: streams.resume_from(name, oldest_cursor), "the resume pointer")
 
     def report(self, step: Step) -> None:
@@ -258,15 +260,23 @@ class Learner:
         self.checkpoints.settle()
         if self.link is not None:
             self._beside.wait()
-            position = self.intake.position
-            over = self.step >= self.total_steps or (position is not None and position.ended)
+            over = self.step >= self.total_steps or self.intake.ended
             self.link.status.state = "finished" if over else "stopped"
             self.link.beat_now()
             log.info("%s at step %d of %d", self.link.status.state, self.step, self.total_steps)
 
     def close(self) -> None:
-        """Finish what is left to do beside the loop; release port, threads and files."""
+        """Finish what is left to do beside the loop; release port, threads and files.
+
+        All are closed; raises the error of the one that failed, or of all that did as a group.
+        """
         beside = (self.checkpoints, self._beside, self._publisher)
+        errors: list[Exception] = []
         for part in (*beside, self._log, self._observers, self._server, self.link):
-            if part is not None:
-                part.close()
+            try:
+                if part is not None:
+                    part.close()
+            except Exception as error:  # the others must be closed too
+                errors.append(error)
+        if errors:
+            raise errors[0] if len(errors) == 1 else ExceptionGroup("several parts could not be closed", errors)

@@ -81,6 +81,9 @@ class Metrics:
         self._advantage = Gauge(
             prefix + "advantage", "Percentiles of A before normalisation", ["percentile"], registry=self.registry
         )
+        self._tracking_failures = Counter(
+            prefix + "tracking_failures", "Records that an observer did not take", ["observer"], registry=self.registry
+        )
 
     def observe(self, record: dict[str, Any]) -> None:
         """Take over one record of ``steps.jsonl``; None stands for a number that is not finite."""
@@ -90,6 +93,10 @@ class Metrics:
             counter.inc(record[field])
         for percentile in PERCENTILES:
             self._advantage.labels(str(percentile)).set(record[f"advantage_p{percentile}"])
+
+    def count_tracking_failure(self, observer: str) -> None:
+        """Count a record, or an end, that an observer failed at."""
+        self._tracking_failures.labels(observer).inc()
 
     def text(self) -> bytes:
         """The exposition."""

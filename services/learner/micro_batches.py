@@ -29,7 +29,7 @@ class MicroBatch:
         mask_A: whether each trains.
         row_A: which of ``samples`` each belongs to.
         staleness_A: optimizer updates since each was sampled.
-        samples: indices into the batch.
+        samples: indices into the batch; none for a dummy.
         rows: where each trajectory lies in a packed row; None for padded rows.
     """
 
@@ -46,8 +46,8 @@ class MicroBatch:
 
 
 def lay_out(batch: Sequence[Sample], chosen: list[int], layout: Layout, device: torch.device) -> MicroBatch:
-    """Make the tensors of the chosen samples; of none, a dummy whose one action token is masked."""
-    if not chosen:
+    """Make the tensors of the chosen samples; where they have no action token, a dummy whose one is masked."""
+    if not any(batch[index].action_tokens for index in chosen):
         return _dummy(device)
     rows = [batch[index] for index in chosen]
     lengths = [row.tokens for row in rows]

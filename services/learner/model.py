@@ -21,23 +21,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from services.learner import attention, lora
-from services.learner.chunked_logprobs import logits_of, score
+from services.learner.chunked_logprobs import score
 from singlestream.config import LearnerConfig
 from singlestream.errors import ConfigError, WeightsError
 
 PREFIX = "lm."
 """What `Scorer` puts before the names of the Hugging Face model's parameters."""
-
-ENTROPY_TOKENS = 256
-"""Action tokens of a micro-batch on which the entropy is measured: it needs the whole distribution."""
-
-
-def mean_entropy(hidden_AH: torch.Tensor, head_VH: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean entropy in nats over at most `ENTROPY_TOKENS` evenly spaced tokens, without gradient."""
-    stride = -(-hidden_AH.shape[0] // ENTROPY_TOKENS)
-    with torch.no_grad():
-        logprobs_AV = logits_of(hidden_AH[::stride], head_VH, temperature).log_softmax(-1)
-        return -(logprobs_AV.exp() * logprobs_AV).sum(-1).mean()
 
 
 class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
@@ -46,11 +35,13 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
     Args:
         lm: a causal language model of transformers.
         temperature: of the sampling that is scored.
-        chunk_tokens: rows of one chunk; each is computed again in the backward pass.
+        chunk_tokens: rows of one chunk; where there are several, each is computed again in the backward pass.
     """
 
     lora_scaling = 0.0
     """How often B·A counts, where there are adapters."""
+    alone = False
+    """Whether one rank holds the whole model."""
 
     def __init__(self, lm: nn.Module, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
@@ -82,8 +73,23 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
         output = base(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False, **inside)
         hidden_AH = output.last_hidden_state.flatten(0, 1)[before_A]
         head_VH = self.lm.get_output_embeddings().weight
-        logprobs_A = score(hidden_AH, head_VH, targets_A, self.temperature, self.chunk_tokens)
-        return logprobs_A, mean_entropy(hidden_AH, head_VH, self.temperature)
+        return score(hidden_AH, head_VH, targets_A, self.temperature, self.chunk_tokens)
+
+    def keep_whole(self, keep: bool) -> None:
+        """Keep parameters and gradients whole after the next backward pass, where one rank has them whole in any case.
+
+        Then a step copies the masters once, and adds gradients up in place until its last pass, with ``keep`` False.
+        Several ranks shard both again after each pass: their memory does not hold the model.
+        """
+        if self.alone:
+            self.set_reshard_after_backward(not keep)
+            self.set_requires_gradient_sync(not keep)
+
+    def shard_again(self) -> None:
+        """Let the masters be the parameters again after passes without gradient."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _refuse_unsupported(config: Any) -> None:
@@ -139,9 +145,12 @@ def _shard(scorer: Scorer, settings: LearnerConfig, mesh: DeviceMesh) -> None:
     dtype = getattr(torch, settings.compute_dtype)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     blocks = set(scorer.lm._no_split_modules or ())
+    scorer.alone = mesh.size() == 1
     for module in [one for one in scorer.modules() if type(one).__name__ in blocks]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
-    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=not scorer.alone)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    if scorer.alone:  # nothing to divide by, and a factor of 1 would cost a copy of the gradients
+        return
     for module in scorer.modules():
         if isinstance(module, FSDPModule):  # not recursive: on the root alone it would scale wrongly, in silence
             module.set_gradient_divide_factor(1.0)

@@ -1,11 +1,16 @@
-"""What watches a run beside the files: a line on a terminal, and Weights & Biases where a project is named."""
+"""What watches a run beside its records: a line on a terminal, TensorBoard, and Weights & Biases where it is asked for.
+
+Whatever fails here is counted and told once; training goes on.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,6 +24,45 @@ LINE = (
     "reward {task.fields[reward]:.3f}  staleness {task.fields[staleness]:.2f}  {task.fields[tokens]:,.0f} tokens/s  "
     "idle {task.fields[idle]:.0%}"
 )
+
+
+class Observer(Protocol):
+    """Something that is shown every step's record."""
+
+    def observe(self, record: dict[str, Any]) -> None:
+        """Show a record of ``steps.jsonl``; None stands for a number that is not finite."""
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    """The record's numbers but its step, by the names that trackers show."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+    return {f"learner/{name}": value for name, value in numbers.items()}
+
+
+class TensorBoard:
+    """Every step's record as one point of each number's curve.
+
+    Args:
+        folder: of the run.
+        step: steps taken before; what an earlier start wrote beyond them is hidden.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def observe(self, record: dict[str, Any]) -> None:
+        """Add a step's record."""
+        for name, value in _numbers(record).items():
+            self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._board.close()
 
 
 class ProgressLine:
@@ -92,8 +136,7 @@ class WeightsAndBiases:
 
     def observe(self, record: dict[str, Any]) -> None:
         """Send a step's record."""
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        self._run.log({f"learner/{name}": value for name, value in numbers.items()}, step=record["step"])
+        self._run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
         """Finish the run."""
@@ -101,25 +144,56 @@ class WeightsAndBiases:
 
 
 class Observers:
-    """All of them, as the settings say.
+    """Several observers by name, none of which can end the run.
+
+    Args:
+        observers: by the name that the log calls each.
+        count: told the name at every failure.
+    """
+
+    def __init__(self, observers: dict[str, Observer], count: Callable[[str], None]) -> None:
+        self._all, self._count = observers, count
+        self._failures: Counter[str] = Counter()
+
+    def observe(self, record: dict[str, Any]) -> None:
+        """Pass on a record of ``steps.jsonl``."""
+        for name, one in self._all.items():
+            self._attempt(name, lambda one=one: one.observe(record))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Close all of them."""
+        for name, one in self._all.items():
+            self._attempt(name, one.close)
+
+    def _attempt(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # the boundary to what only watches
+            self._failures[name] += 1
+            self._count(name)
+            if self._failures[name] == 1:
+                reason = f"{type(error).__name__}: {error}"
+                log.warning("%s failed, training goes on; further failures are only counted: %s", name, reason)
+
+
+def observers_of(config: Config, step: int) -> dict[str, Observer]:
+    """The observers that the settings ask for.
 
     Args:
         config: of the run.
         step: steps taken before.
+
+    Raises:
+        ConfigError: a new run asks for Weights & Biases and cannot have it; a run that goes on does so without.
     """
-
-    def __init__(self, config: Config, step: int) -> None:
-        self._all: list[ProgressLine | WeightsAndBiases] = []
-        if project := config.learner.wandb_project:
-            self._all.append(WeightsAndBiases(project, config.run.name, config.run.dir))
-        self._all.append(ProgressLine(step, config.run.total_steps))
-
-    def observe(self, record: dict[str, Any]) -> None:
-        """Pass on a record of ``steps.jsonl``; None stands for a number that is not finite."""
-        for one in self._all:
-            one.observe(record)
-
-    def close(self) -> None:
-        """Close all of them."""
-        for one in self._all[::-1]:
-            one.close()
+    chosen: dict[str, Observer] = {"TensorBoard": TensorBoard(config.run.dir, step)}
+    if project := config.learner.wandb_project:
+        try:
+            chosen["Weights & Biases"] = WeightsAndBiases(project, config.run.name, config.run.dir)
+        except ConfigError as error:
+            if step == 0:
+                raise
+            log.warning("%s; the run goes on without it", error)
+    # last, so that it is there only once nothing can be refused any more
+    chosen["progress line"] = ProgressLine(step, config.run.total_steps)
+    return chosen

@@ -5,6 +5,7 @@ Axes: N samples of the batch, A action tokens of a micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.distributed.tensor import DTensor
 
-from services.learner.loss import LossSettings, Objective, objective
+from services.learner.loss import LossSettings, objective
 from services.learner.micro_batches import MicroBatch, lay_out
 from services.learner.model import count_parameters, load_policy
 from services.learner.packing import plan
 from services.learner.ranks import Ranks
 from services.learner.samples import Sample
+from services.learner.tally import Tally
 from singlestream.config import LearnerConfig
-
-SUMS = (
-    "loss", "trained_tokens", "weight", "weight_squared", "weighted_advantage", "log_shift_abs", "clipped_weights",
-    "masked_weights", "clip_low", "clip_high", "clip_dual", "approx_kl", "staleness", "entropy", "micro_batches",
-)  # fmt: skip
-"""Sums over the trained action tokens of one step, in the order in which they travel between ranks."""
-MAXIMA = ("log_shift_max", "staleness_max")
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Policy:
         self._attention_size = int(config.num_hidden_layers) * heads * head_size
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+            trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         names = ("old", "clip_low", "clip_high", "dual_clip", "truncation", "ratio_mask")
         self.loss_settings = LossSettings(**{name: getattr(settings, name) for name in names})
@@ -119,7 +113,7 @@ class Policy:
         """The log π of each micro-batch's action tokens, without gradient."""
         with torch.no_grad():
             scores = [self._score(micro)[0] for micro in micro_batches]
-        self.model.reshard()  # FSDP leaves the root's parameters whole after a forward pass, for a backward to come
+        self.model.shard_again()  # FSDP leaves parameters whole after a forward pass, for a backward to come
         return scores
 
     def update(
@@ -139,93 +133,37 @@ class Policy:
                 updates; None lays them out here, and takes the policy's own log-probs.
         """
         action_tokens = sum(sample.action_tokens for sample in batch)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64)
-        maxima = torch.zeros(len(MAXIMA), dtype=torch.float64)
-        bad_N = torch.zeros(len(batch), dtype=torch.float64)
-        for micro, old_A in scored or [(micro, None) for micro in self.micro_batches(batch)]:
+        micro_batches = scored or [(micro, None) for micro in self.micro_batches(batch)]
+        scaled_N = torch.from_numpy(advantages_N).to(self.ranks.device, torch.float32)
+        tally = Tally(len(batch), self.loss_settings.truncation, self.ranks.device)
+        for left, (micro, old_A) in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            self.model.keep_whole(left > 0)
             logprobs_A, entropy = self._score(micro)
-            advantages_A = torch.as_tensor(advantages_N[micro.samples] if micro.samples else np.zeros(1))
-            advantages_A = advantages_A.to(logprobs_A)[micro.row_A]
+            sample_A = torch.tensor(micro.samples or [0], device=self.ranks.device)[micro.row_A]
+            advantages_A, mask_A = scaled_N[sample_A], micro.mask_A
             result = objective(
-                logprobs_A, micro.behaviour_A, advantages_A, micro.mask_A, action_tokens, self.loss_settings, old_A
+                logprobs_A, micro.behaviour_A, advantages_A, mask_A, action_tokens, self.loss_settings, old_A
             )
             result.loss.backward()
-            self._account(micro, entropy, advantages_A, result, sums, maxima, bad_N)
-        self.ranks.sum(sums)
-        self.ranks.max(maxima)
-        return self._apply(batch, sums, maxima, bad_N, step)
-
-    def _account(
-        self,
-        micro: MicroBatch,
-        entropy: torch.Tensor,
-        advantages_A: torch.Tensor,
-        result: Objective,
-        sums: torch.Tensor,
-        maxima: torch.Tensor,
-        bad_N: torch.Tensor,
-    ) -> None:
-        keep_A = micro.mask_A
-        weights_A = result.weights_A[keep_A].double()
-        shift_A = result.log_shift_A[keep_A].double()
-        log_ratio_A = result.ratio_A[keep_A].double().log()
-        ages_A = micro.staleness_A[keep_A].double()
-        cap = self.loss_settings.truncation or float("inf")
-        real = float(bool(micro.samples))
-        values = (
-            result.loss.detach().double(), keep_A.sum(), weights_A.sum(), (weights_A**2).sum(),
-            (weights_A * advantages_A[keep_A]).sum(), shift_A.abs().sum(), (weights_A >= cap).sum(),
-            (weights_A == 0).sum(), result.low_A[keep_A].sum(), result.high_A[keep_A].sum(),
-            result.dual_A[keep_A].sum(), (log_ratio_A.exp() - 1 - log_ratio_A).sum(), ages_A.sum(),
-            entropy.double() * real, torch.tensor(real),
-        )  # fmt: skip
-        sums += torch.stack([value.double().cpu() for value in values])
-        if len(shift_A):
-            maxima[0] = max(maxima[0].item(), shift_A.abs().max().item())
-            maxima[1] = max(maxima[1].item(), ages_A.max().item())
-        bad_A = ~torch.isfinite(result.terms_A) & keep_A
-        for row in micro.row_A[bad_A].unique().tolist():
-            bad_N[micro.samples[row]] = 1.0
-
-    def _apply(
-        self, batch: Sequence[Sample], sums: torch.Tensor, maxima: torch.Tensor, bad_N: torch.Tensor, step: int
-    ) -> StepResult:
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        rate = self.learning_rate(step)
+            if micro.samples:
+                tally.add(result, entropy, advantages_A, mask_A, micro.staleness_A, sample_A)
+        loss, means, bad = tally.total(self.ranks)
+        norm, rate = self._clip(), self.learning_rate(step)
         # both are sums over all ranks, so every rank decides alike
-        applied = bool(torch.isfinite(norm)) and bool(torch.isfinite(sums[0]))
-        bad: list[str] = []
+        applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        else:
-            self.ranks.max(bad_N)
-            bad = [batch[index].lease_id for index in bad_N.nonzero().flatten().tolist()]
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(float(sums[0]), float(norm), rate, applied, bad, _means(sums, maxima))
+        leases = [] if applied else [batch[index].lease_id for index in bad]
+        return StepResult(loss, norm, rate, applied, leases, means)
 
-
-def _means(sums: torch.Tensor, maxima: torch.Tensor) -> dict[str, float]:
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
-    largest = dict(zip(MAXIMA, maxima.tolist(), strict=True))
-    tokens = max(1.0, total["trained_tokens"])
-    squares = total["weight_squared"]
-    return {
-        "trained_tokens": total["trained_tokens"],
-        "entropy": total["entropy"] / max(1.0, total["micro_batches"]),
-        "weight_sum_check": total["weighted_advantage"],
-        "importance_weight_mean": total["weight"] / tokens,
-        "importance_weight_clipped_share": total["clipped_weights"] / tokens,
-        "importance_weight_masked_share": total["masked_weights"] / tokens,
-        "logprob_shift_mean": total["log_shift_abs"] / tokens,
-        "logprob_shift_max": largest["log_shift_max"],
-        "ess": total["weight"] ** 2 / (tokens * squares) if squares else 0.0,
-        "clip_low_share": total["clip_low"] / tokens,
-        "clip_high_share": total["clip_high"] / tokens,
-        "clip_dual_share": total["clip_dual"] / tokens,
-        "approx_kl": total["approx_kl"] / tokens,
-        "staleness_mean": total["staleness"] / tokens,
-        "staleness_max": largest["staleness_max"],
-    }
+    def _clip(self) -> float:
+        """Scale the gradients to a norm of at most ``grad_norm``; returns the norm before. Collective."""
+        shards = [one.grad.to_local() for one in self.model.parameters() if one.grad is not None]
+        norm = torch.nn.utils.get_total_norm(shards, foreach=True)
+        norm = float(self.ranks.sum(norm.double().square().cpu()).sqrt())
+        if norm > self.settings.grad_norm:  # not where it is not a number
+            torch._foreach_mul_(shards, self.settings.grad_norm / norm)
+        return norm

@@ -50,6 +50,7 @@ class Publisher:
         self.crc32, self.delta_ratio, self.seconds = 0, None if files is None else 1.0, 0.0
         self._published: list[tuple[int, WeightManifest]] = []
         self._deltas: list[WeightDelta] = []
+        self._names: list[str] = []
         if self.folder.is_dir():  # what a crash left would be one more than has to fit
             remove_older(self.folder)
 
@@ -84,7 +85,8 @@ class Publisher:
         self.link.call(lambda: self.link.streams.publish(version), f"policy version {snapshot.version}")
         self.link.status.version = snapshot.version
         self.crc32, self.seconds = weights_crc32(manifest), time.monotonic() - started
-        remove_older(self.folder, keep={delta_name(one.version, one.lineage) for one in self._deltas})
+        self._names = [*self._names, snapshot.final.name][-KEPT_FILES:]
+        remove_older(self.folder, keep={*self._names, *(delta_name(one.version, one.lineage) for one in self._deltas)})
         reserve(self.folder, manifest.total_bytes)
 
     def _with_deltas(self, manifest: WeightManifest, version: int) -> WeightManifest:

@@ -23,7 +23,7 @@ class Ranks:
         self.backend = "nccl" if torch.cuda.is_available() else "gloo"
         # rendezvous, flags and messages travel on CPU tensors
         backend = "cpu:gloo,cuda:nccl" if self.backend == "nccl" else "gloo"
-        self.timeout = timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=timeout_s)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
@@ -39,9 +39,13 @@ class Ranks:
         """Whether this is rank 0, which alone talks to Redis."""
         return bool(self.rank == 0)
 
-    def own_group(self) -> dist.ProcessGroup:
-        """A gloo group of all ranks for one background thread, beside the collectives of the others. Collective."""
-        return dist.new_group(backend="gloo", timeout=self.timeout)
+    def own_group(self, timeout_s: float) -> dist.ProcessGroup:
+        """A gloo group of all ranks for one background thread, beside the collectives of the others. Collective.
+
+        Args:
+            timeout_s: one of its collectives that takes longer fails.
+        """
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def mesh(self) -> DeviceMesh:
         """One dimension over all ranks."""

@@ -1,7 +1,4 @@
-"""``steps.jsonl`` and TensorBoard, one record a step, and ``evidence.jsonl``, one a trajectory.
-
-All tell the surviving lineage only.
-"""
+"""``steps.jsonl``, one record a step, and ``evidence.jsonl``, one a trajectory; both tell the surviving lineage."""
 
 from __future__ import annotations
 
@@ -42,6 +39,9 @@ class _Lines:
         self._file.write("".join(json.dumps(record) + "\n" for record in records))
         self._file.flush()
 
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 
@@ -55,8 +55,6 @@ class StepLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
         started = folder / STARTED
         if step == 0 or not started.is_file():
@@ -64,20 +62,20 @@ class StepLog:
         self._started_s = float(started.read_text())
         self._evidence = _Lines(folder / EVIDENCE, step)
         self._steps = _Lines(folder / STEPS, step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, record: dict[str, Any], evidence: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Append a record with the seconds since the run's first start; returns it as written."""
         self._evidence.append(evidence)
         record = {**record, "wall_s": round(time.time() - self._started_s, 3)}
         self._steps.append([record])
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"learner/{name}", value, record["step"])
         return record
+
+    def sync(self) -> None:
+        """Have what was written on disk."""
+        self._evidence.sync()
+        self._steps.sync()
 
     def close(self) -> None:
         """Write out what is buffered."""
         self._evidence.close()
         self._steps.close()
-        self._board.close()

@@ -26,7 +26,7 @@ def from_verl(compute_score: Callable[..., Any]) -> Grader:
             ground_truth=response.answer,
             extra_info={"question": response.question},
         )
-        return max(0.0, float(score["score"] if isinstance(score, Mapping) else score))
+        return _at_least_0(score["score"] if isinstance(score, Mapping) else score)
 
     return grade
 
@@ -43,9 +43,13 @@ def from_trl(reward: Callable[..., Any]) -> Grader:
         )
         if len(scores) != 1 or scores[0] is None:
             raise ValueError(f"a TRL reward function returns one number a completion, not {scores!r}")
-        return max(0.0, float(scores[0]))
+        return _at_least_0(scores[0])
 
     return grade
+
+
+def _at_least_0(score: Any) -> float:
+    return max(float(score), 0.0)  # in this order NaN stays, and fails its trajectory
 
 
 ADAPTERS: dict[str, Callable[[Callable[..., Any]], Grader]] = {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.rollout import completions
 from services.rollout.episode import NothingSampled, PromptTooLong
@@ -53,10 +56,19 @@ class ControlRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     action: Literal["pause", "resume", "refresh"]
-    """``pause``: take no more leases, what runs goes on. ``resume``: take them again.
+    """``pause``: take no more leases, what runs goes on; it holds until ``resume``, for later replicas too.
 
     ``refresh``: load the newest policy version from its file again, even if it is the one that is held.
     """
+
+
+@contextmanager
+def _redis_needed() -> Iterator[None]:
+    """503 where Redis is away."""
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError) as error:
+        raise HTTPException(503, f"Redis is away, nothing may have changed: {error}") from error
 
 
 def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
@@ -67,6 +79,7 @@ def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
     """
     app = FastAPI(title="Singlestream rollout", version="1")
 
+    @app.get("/health")
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """503 if the engine is dead or hung."""
@@ -107,13 +120,15 @@ def _guarded(replica_of: Callable[[], Replica]) -> APIRouter:
     @guarded.put("/v1/scale")
     async def scale(request: ScaleRequest) -> dict[str, Any]:
         """Set how many replicas the run may have; new ones take a minute, surplus ones hand their episodes over."""
-        await replica_of().set_cap(request.replicas)
+        with _redis_needed():
+            await replica_of().set_cap(request.replicas)
         return {"replicas": request.replicas}
 
     @guarded.post("/v1/control")
     async def control(request: ControlRequest) -> dict[str, Any]:
-        """Tell every replica that runs now; one that starts later has not heard it."""
-        return {"replicas": await replica_of().control_all(request.action)}
+        """Tell every replica; one that starts later finds a pause in Redis. Returns what those that run now say."""
+        with _redis_needed():
+            return {"replicas": await replica_of().control_run(request.action)}
 
     @guarded.post("/v1/episodes")
     async def episodes(request: EpisodeRequest) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, TypeVar
 
@@ -43,12 +44,25 @@ class ToolBudgetSpent(Exception):
 class Finished:
     """An episode that ended by itself; the reward is still to come."""
 
+    lease: Lease
     segments: list[Segment]
     end_reason: EndReason
     turns: int
     tool_calls: list[ToolCall]
     started_at_s: float
-    response: Response
+    decode: Callable[[list[int]], str]
+
+    @cached_property
+    def response(self) -> Response:
+        """What a grader sees. Decoding takes a while, so it is left until the episode is out of its slot."""
+        tokens, last_turn = _tokens(self.segments[1:]), _last_generated(self.segments)
+        text = self.decode(tokens)
+        return Response(
+            question=self.lease.question,
+            answer=self.lease.answer,
+            text=text,
+            last_turn=text if last_turn == tokens else self.decode(last_turn),
+        )
 
 
 class ToolRunner(Tools):
@@ -258,30 +272,24 @@ class Episode:
         return str(self.environment.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _finished(self, end_reason: EndReason) -> Finished:
-        response_tokens, last_generated = _tokens(self.segments[1:]), self._last_generated()
-        text = self._decode(response_tokens)
-        response = Response(
-            question=self.lease.question,
-            answer=self.lease.answer,
-            text=text,
-            last_turn=text if last_generated == response_tokens else self._decode(last_generated),
-        )
         calls = self.tools.calls[: self._recorded_calls] if end_reason == "deadline" else list(self.tools.calls)
-        return Finished(self.segments, end_reason, max(1, self.turns), calls, self.started_at_s, response)
-
-    def _last_generated(self) -> list[int]:
-        """Tokens of the last run of generated segments, wherever it stands."""
-        tokens: list[int] = []
-        for segment in reversed(self.segments):
-            if segment.kind == "generated":
-                tokens[:0] = segment.token_ids.tolist()
-            elif tokens:
-                break
-        return tokens
+        turns = max(1, self.turns)
+        return Finished(self.lease, self.segments, end_reason, turns, calls, self.started_at_s, self._decode)
 
 
 def _tokens(segments: Iterable[Segment]) -> list[int]:
     return list(chain.from_iterable(segment.token_ids.tolist() for segment in segments))
+
+
+def _last_generated(segments: Sequence[Segment]) -> list[int]:
+    """Tokens of the last run of generated segments, wherever it stands."""
+    tokens: list[int] = []
+    for segment in reversed(segments):
+        if segment.kind == "generated":
+            tokens[:0] = segment.token_ids.tolist()
+        elif tokens:
+            break
+    return tokens
 
 
 async def _as_coroutine(step: Coroutine[Any, Any, T]) -> T:

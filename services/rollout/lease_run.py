@@ -18,7 +18,7 @@ from services.rollout.metrics import Metrics
 from services.rollout.pin_watch import PinWatch
 from services.rollout.weights import WeightKeeper, WeightsHeld
 from singlestream.config import RolloutConfig
-from singlestream.contracts import FailReason, Lease, Progress, Trajectory
+from singlestream.contracts import FailReason, Progress, Trajectory
 from singlestream.contracts.trajectory import MAX_ANSWER_CHARS
 from singlestream.errors import DeadlineExceeded, SandboxError
 from singlestream.streams import Held, LeaseConsumer, persist
@@ -84,6 +84,7 @@ class LeaseRunner:
         """Set once the replica stops, by a dead engine too; Redis is then waited for less."""
         self.slot_free = asyncio.Event()
         """Set when an episode leaves its slot."""
+        self._closing = asyncio.Lock()
 
     async def tools_are_back(self) -> bool:
         """Ask the gateway, after a fault, whether leases may be taken again."""
@@ -116,6 +117,9 @@ class LeaseRunner:
 
     async def _run(self, running: Running) -> None:
         lease = running.held.lease
+        if self.stopping.is_set():  # the last take brought it, perhaps what a dead engine has just given back
+            await self._put_back(running, lease.progress, "stop", count_attempt=False)
+            return
         try:
             environment = self.environment_of(lease.environment)
         except Exception as error:  # an unknown name, or a user's module that does not import
@@ -147,7 +151,17 @@ class LeaseRunner:
             else:
                 running.sampled = running.ending = True
                 self.slot_free.set()  # the engine need not wait for the grader and Redis
+                await self._behind_requests()
                 await self._grade(running, environment, outcome)
+
+    async def _behind_requests(self) -> None:
+        """Let one sampled episode a pass of the event loop go on to its end.
+
+        Many may end in one step of the engine, which then waits for new requests; those are made in the same loop and
+        would stand behind all of the graders.
+        """
+        async with self._closing:
+            await asyncio.sleep(0)
 
     async def _policy_is_there(self, running: Running) -> bool:
         """Whether the engine's weights are those that the lease asks for; False once the lease has been put back."""
@@ -165,6 +179,8 @@ class LeaseRunner:
             await self.persist(self.pins.look, "reading the pin")
             if self.pins.named:
                 return True  # left over by a job that has ended: nobody waits for its policy
+        if self.weights.serves(lease.version, lease.lineage):
+            return True
         cause = "stop"
         try:
             if await _unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):
@@ -182,7 +198,7 @@ class LeaseRunner:
         except Exception:  # a grader is the user's code: its fault is this trajectory's, and no one else's
             await self._fail(running, "grader_error", traceback.format_exc())
             return
-        trajectory = make_trajectory(running.held.lease, finished, reward)
+        trajectory = make_trajectory(finished, reward)
         emitted = await self.persist(lambda: self.consumer.emit(running.held, trajectory), "emitting a trajectory")
         if emitted:
             self.metrics.observe(running.held.lease.purpose, trajectory)
@@ -247,8 +263,9 @@ def boxed_answer(finished: Finished) -> str | None:
     return None if answer is None else answer.strip()[:MAX_ANSWER_CHARS]
 
 
-def make_trajectory(lease: Lease, finished: Finished, reward: float) -> Trajectory:
+def make_trajectory(finished: Finished, reward: float) -> Trajectory:
     """The message that ends a lease."""
+    lease = finished.lease
     return Trajectory(
         lease_id=lease.lease_id,
         prompt_id=lease.prompt_id,

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from services.rollout.process_env import NODE_VARIABLE, has_gpu, node_name
 from services.rollout.scaling import OBJECT_STORE_BYTES, SLOT_RESOURCE
@@ -31,6 +30,8 @@ SILENT_S = 10.0
 """A replica that has not reported for so long has died; it reports every 2 s."""
 POLL_S = 0.2
 RAY_STOP_S = 20.0
+MARK_S = 3600
+"""A drain mark that could not be taken away is gone after this; each new mark keeps the others as long."""
 SLOTS_VARIABLE = "SINGLESTREAM_NODE_SLOTS"
 """Replicas that the node has room for; 1 where it is not set."""
 
@@ -53,9 +54,13 @@ async def handed_over(redis: Redis, keys: Keys, node: str, deadline_s: float) ->
     deadline = time.monotonic() + deadline_s
     while time.monotonic() < deadline:
         try:
-            await redis.hset(keys.draining, node, str(time.time()))
-            told = [json.loads(report) for report in (await redis.hgetall(keys.replicas)).values()]
-        except (*LOST, ResponseError) as error:  # a full Redis refuses the mark
+            async with redis.pipeline() as pipe:
+                pipe.hset(keys.draining, node, str(time.time()))
+                pipe.expire(keys.draining, MARK_S)
+                pipe.hgetall(keys.replicas)
+                reports = (await pipe.execute())[-1]
+            told = [json.loads(report) for report in reports.values()]
+        except LOST as error:
             log.warning("node %s drains, and Redis is away or refuses: %s", node, error)
         else:
             if not [one for one in told if one.get("node") == node and time.time() - one["at_s"] < SILENT_S]:
@@ -97,7 +102,7 @@ async def _serve(config: Config, command: list[str]) -> int:
             await ended
         await redis.hdel(keys.draining, node)
     except LOST as error:
-        log.warning("the drain mark of node %s stays: %s", node, error)
+        log.warning("the drain mark of node %s stays for %d s: %s", node, MARK_S, error)
     finally:
         await redis.aclose()
     return 0

@@ -74,8 +74,8 @@ class Replica:
         self.metrics = Metrics()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(config.run.model)
         self.redis = connect(config.run.redis_url)
-        self.sandbox = SandboxClient(config.rollout.sandbox_url)
-        self._probe = httpx.AsyncClient(base_url=config.rollout.sandbox_url, timeout=5.0)
+        self.sandbox = SandboxClient(config.sandbox_url)
+        self._probe = httpx.AsyncClient(base_url=config.sandbox_url, timeout=5.0)
         self.engine = VllmEngine(config, self.name, self.tokenizer, self.metrics)
         self._environments: dict[str, Environment] = {}
         keys = Keys(config.run.name)
@@ -101,8 +101,8 @@ class Replica:
         self.worker = RolloutWorker(runner, node_name())
         self._work: asyncio.Task[None] | None = None
         self._started = False
-        self.control_all: Callable[[Control], Awaitable[list[dict[str, Any]]]] = self._control_alone
-        """Control of every replica of the run that this one can reach; Serve's broadcast under Serve."""
+        self.broadcast: Callable[[Control], Awaitable[list[dict[str, Any]]]] = self._control_alone
+        """`control` of every replica that this one can reach: of itself, or of all under Serve."""
 
     async def _control_alone(self, action: Control) -> list[dict[str, Any]]:
         return [await self.control(action)]
@@ -164,9 +164,24 @@ class Replica:
         if action == "refresh":
             await self.weights.refresh()
         else:
-            self.worker.paused = action == "pause"
+            await self.worker.heed_operator()
         log.info("replica %s: %s", self.name, action)
-        return {"replica": self.name, "paused": self.worker.paused, **self.worker.report()}
+        return {"replica": self.name, **self.worker.report()}
+
+    async def control_run(self, action: Control) -> list[dict[str, Any]]:
+        """Have every replica of the run do as the operator says.
+
+        A pause stands in Redis until it is resumed: whoever cannot be reached now, or starts later, finds it there.
+
+        Returns:
+            what the replicas that were reached are like afterwards.
+        """
+        key = self.worker.consumer.keys.rollout_paused
+        if action == "pause":
+            await self.redis.set(key, 1)
+        elif action == "resume":
+            await self.redis.delete(key)
+        return await self.broadcast(action)
 
     async def set_cap(self, replicas: int) -> None:
         """Tell `scaling.FillNodes` how many replicas the run may have."""

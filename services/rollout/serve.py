@@ -74,7 +74,7 @@ class RolloutDeployment:
         self.replica = Replica(config)
         _serve_metrics(config, self.replica.metrics.registry)
         make_current(self.replica)  # this class is shipped by value and has no module of its own
-        self.replica.control_all = _broadcast
+        self.replica.broadcast = _broadcast
         await self.replica.start()
         self._watch = asyncio.create_task(self._end_with_worker(), name="end-with-worker")
 
@@ -134,6 +134,7 @@ def application(config: Config) -> Any:
         }
     )
     settings = {"run": resolved.model_dump(mode="json"), "rollout": rollout.model_dump(mode="json")}
+    settings["rollout"]["sandbox_url"] = config.sandbox_url  # the gateway's own section stays here
     if rollout.token is not None:
         settings["rollout"]["token"] = rollout.token.get_secret_value()
     if run.weights_token is not None:

@@ -70,6 +70,6 @@ def from_verifiers(make_taskset: Callable[[], Any]) -> Callable[[Response], Awai
         await task.score(trace)
         if not trace.rewards or any(reward is None for reward in trace.rewards.values()):
             raise ValueError(f"task {response.answer}: no reward that can be scored without a runtime")
-        return max(0.0, float(trace.reward))
+        return max(float(trace.reward), 0.0)  # in this order NaN stays, and fails its trajectory
 
     return grade

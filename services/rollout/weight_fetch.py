@@ -45,6 +45,8 @@ ATTEMPTS = 5
 BACKOFF_S = 0.25
 TIMEOUT_S = 30.0
 """Without a byte for so long the connection counts as broken."""
+SLOWEST_BYTES_PER_S = 1e6
+"""A download may take ``rollout.weights_timeout_s`` and what its bytes take at this rate."""
 POLL_S = 0.05
 
 
@@ -78,7 +80,7 @@ def checked_weights(version: PolicyVersion, fetcher: WeightFetcher | None) -> It
     Raises:
         FileNotFoundError: newer versions have replaced it.
         WeightsError: its bytes are damaged and cannot be fetched.
-        DeadlineExceeded: another replica of this machine fetched for too long.
+        DeadlineExceeded: the download, or that of another replica of this machine, took too long.
     """
     if version.manifest.remote is None:
         fetcher = None
@@ -105,7 +107,7 @@ class WeightFetcher:
     Args:
         run: weights folder and token.
         metrics: of the replica.
-        timeout_s: longest wait for another replica of this machine that is fetching.
+        timeout_s: longest wait for another replica of this machine that is fetching, and for a file of no bytes.
     """
 
     def __init__(self, run: RunConfig, metrics: Metrics, timeout_s: float) -> None:
@@ -126,7 +128,8 @@ class WeightFetcher:
 
         Raises:
             WeightsError: it cannot be had, or what came is not what the manifest says; nothing is left behind.
-            DeadlineExceeded: another replica of this machine fetched for too long.
+            DeadlineExceeded: the download took too long; what came stays, and the next fetch of this version goes on
+                there. Or that of another replica of this machine did.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / weights_name(version.version, version.lineage)
@@ -139,7 +142,7 @@ class WeightFetcher:
             started = time.monotonic()
             try:
                 kind = self._make(here, target, trusted)
-                remove_older(self.folder)
+                remove_older(self.folder, keep={target.name})
             except OSError as error:
                 raise WeightsError(f"{target}: {error}; three versions of the weights must fit there") from error
         self.metrics.fetches.labels(kind).inc()
@@ -215,11 +218,13 @@ class WeightFetcher:
         assert here.manifest.remote is not None  # noqa: S101  `checked_weights` asks for none other
         url = f"{here.manifest.remote.url}/weights/{name}"
         failures, cause = 0, ""
+        deadline = _Deadline(f"the {nbytes} bytes of {url}", self.timeout_s + nbytes / SLOWEST_BYTES_PER_S)
         while (have := path.stat().st_size if path.is_file() else 0) < nbytes:
             if failures >= ATTEMPTS:
                 raise WeightsError(f"{url}: {ATTEMPTS} attempts without progress, the last: {cause}")
+            deadline.check()
             try:
-                got = self._receive(url, path, have, nbytes, etag)
+                got = self._receive(url, path, have, nbytes, etag, deadline)
                 cause = "" if have + got == nbytes else f"it ended after {have + got} of {nbytes} bytes"
             except httpx.HTTPError as error:
                 got = (path.stat().st_size if path.is_file() else 0) - have
@@ -233,12 +238,13 @@ class WeightFetcher:
             path.unlink()
             raise WeightsError(f"{url}: longer than the {nbytes} bytes of its manifest")
 
-    def _receive(self, url: str, path: Path, have: int, nbytes: int, etag: str) -> int:
+    def _receive(self, url: str, path: Path, have: int, nbytes: int, etag: str, deadline: _Deadline) -> int:
         """One request for the bytes from ``have`` on; returns how many came.
 
         Raises:
             WeightsError: the learner does not have this file, or refuses; asking again is of no use.
             httpx.HTTPError: the connection broke, or the learner is busy; what had come is in the file.
+            DeadlineExceeded: likewise.
         """
         headers = {**self._headers, "If-Match": etag, "Accept-Encoding": "identity"}
         if have:
@@ -255,6 +261,7 @@ class WeightFetcher:
             with path.open("ab") as file:
                 for part in reply.iter_raw():  # as it comes: what is gathered is lost when the connection breaks
                     self._go_on()
+                    deadline.check()
                     file.write(part)
                     got += len(part)
                     if have + got > nbytes:
@@ -285,6 +292,19 @@ class WeightFetcher:
     def _go_on(self) -> None:
         if self.stopping():
             raise Stopped(f"{self.folder}: the replica stops")
+
+
+class _Deadline:
+    """A point in time from now on, and what is waited for until then."""
+
+    def __init__(self, waited_for: str, seconds: float) -> None:
+        self.waited_for, self.seconds = waited_for, seconds
+        self._ends = time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise `DeadlineExceeded` once it has passed."""
+        if time.monotonic() > self._ends:
+            raise DeadlineExceeded(self.waited_for, self.seconds)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -236,20 +236,23 @@ class WeightKeeper:
             WeightsHeld: a pinned evaluation holds an older one.
             DeadlineExceeded: it was not within ``rollout.weights_timeout_s``; names the version.
         """
-        if self._serves(version, lineage):
+        if self.serves(version, lineage):
             return
         timeout_s = self.settings.weights_timeout_s
         try:
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._serves(version, lineage) or self.held_still)
+                await self._changed.wait_for(lambda: self.serves(version, lineage) or self.held_still)
         except TimeoutError as error:
             held = "none" if not self.published else f"{self.held[0]}.{self.held[1]}"
             cause = f"policy version {version} (held: {held}; last error: {self.last_error or 'none'})"
             raise DeadlineExceeded(cause, timeout_s) from error
-        if not self._serves(version, lineage):
+        if not self.serves(version, lineage):
             raise WeightsHeld(f"version {version}.{lineage} is not loaded while a pinned evaluation runs")
 
-    def _serves(self, version: int, lineage: int) -> bool:
-        """A later lineage serves any version: the learner went back, and may need this lease to get there again."""
+    def serves(self, version: int, lineage: int) -> bool:
+        """Whether a lease of that policy may start on what is held.
+
+        A later lineage serves any version: the learner went back, and may need this lease to get there again.
+        """
         held_version, held_lineage = self.held
         return (held_version >= version or held_lineage > lineage) and (self.published or version == 0)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -44,9 +45,11 @@ class RolloutWorker:
         self.settings, self.metrics = runner.settings, runner.metrics
         self.running: dict[str, Running] = {}
         self.paused = False
-        """Whether no lease is taken; what runs goes on."""
+        """Whether the operator has replicas take no leases; what runs goes on."""
+        self._heeding = asyncio.Lock()
         self._stop = runner.stopping
         self._dead: EngineDead | None = None
+        self._redis_away_at_s = -math.inf
         self.metrics.in_use.set_function(lambda: self._in_use)
 
     async def run(self) -> None:
@@ -135,6 +138,7 @@ class RolloutWorker:
         held = await self.consumer.take(purposes, free, TAKE_BLOCK_MS) if purposes else []
         for one in held:
             self._start(one)
+            await asyncio.sleep(0)  # the first request reaches the engine before the last one is made
         if not held:
             await self._nap(POLL_S)
 
@@ -189,6 +193,7 @@ class RolloutWorker:
             try:
                 await call()
             except LOST as error:
+                self._redis_away_at_s = time.monotonic()
                 self.metrics.redis_retries.labels(what).inc()
                 log.warning("%s: Redis is away: %s", what, error)
             except ResponseError as error:
@@ -219,13 +224,17 @@ class RolloutWorker:
             running.task.cancel()
 
     async def _claim(self) -> None:
+        """Take over what silent replicas hold, but not just after Redis was away: living ones were as silent then."""
+        if time.monotonic() - self._redis_away_at_s < self.settings.lease_timeout_s / 2:
+            return
         moved = await self.consumer.claim_dead(self.settings.lease_timeout_s, self.settings.max_attempts)
         if moved:
             self.metrics.claimed.inc(moved)
             log.info("took %d leases from silent replicas", moved)
 
     async def _report(self) -> None:
-        """See what the pin asks for, say how the replica is, and see whether its node drains."""
+        """See what the pin and the operator ask for, say how the replica is, and see whether its node drains."""
+        await self.heed_operator()
         await self.runner.pins.look()
         await self.runner.pins.follow([running.held.lease for running in self.running.values()])
         keys = self.consumer.keys
@@ -237,6 +246,14 @@ class RolloutWorker:
             log.info("node %s drains: replica %s hands over and ends", self.node, self.name)
             self.stop()
 
+    async def heed_operator(self) -> None:
+        """See whether leases are to be taken; one look after the other, so that the last one counts."""
+        async with self._heeding:
+            paused = bool(await self.consumer.redis.exists(self.consumer.keys.rollout_paused))
+            if paused != self.paused:
+                log.info("replica %s: leases are %s", self.name, "not taken: paused" if paused else "taken again")
+            self.paused = paused
+
     def report(self) -> dict[str, Any]:
         """What the replica says of itself; version and lineage are its weights', ``at_s`` is Unix time."""
         version, lineage = self.weights.held
@@ -247,6 +264,7 @@ class RolloutWorker:
             "version": version,
             "lineage": lineage,
             "pinned": self.runner.pins.held_for,
+            "paused": self.paused,
             "at_s": time.time(),
         }
 

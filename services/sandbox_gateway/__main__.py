@@ -35,8 +35,7 @@ def main() -> int:
     path = config_file(arguments.config)
     try:
         config = load_settings(path)
-        command = [sys.executable, "-m", "services.sandbox_gateway", *sys.argv[1:]]
-        become_unprivileged(command, needed_paths(path, str(config.python or sys.executable)))
+        become_unprivileged(needed_paths(path, str(config.python or sys.executable)))
     except (ConfigError, CannotDrop) as error:
         logging.error("refusing to start: %s", error)
         return os.EX_CONFIG
@@ -44,7 +43,7 @@ def main() -> int:
 
 
 def _serve(config: SandboxGatewayConfig, path: Path | None) -> int:
-    # Imported here: started as root, the process has just begun again, and need not have loaded all this before.
+    # Imported here, so that as little as possible runs as root.
     from services.sandbox_gateway.pool import IsolationUnavailable
     from services.sandbox_gateway.server import serve
     from services.sandbox_gateway.view import ViewError

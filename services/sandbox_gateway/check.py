@@ -24,9 +24,6 @@ from services.sandbox_gateway.view import ViewError
 from singlestream.config import SandboxGatewayConfig
 from singlestream.errors import ConfigError
 
-WARM_DEADLINE_S = 120.0
-"""A cold disk takes a while to read all the libraries."""
-
 
 def check(config: SandboxGatewayConfig, secret_path: Path | None = None, say: Callable[[str], None] = print) -> bool:
     """Try everything that the gateway would need, and say how it went, a line each.
@@ -55,17 +52,15 @@ def check(config: SandboxGatewayConfig, secret_path: Path | None = None, say: Ca
 
 async def _check_zygotes(config: SandboxGatewayConfig, secret_path: Path | None, say: Callable[[str], None]) -> bool:
     begun_s = time.monotonic()
-    pool = None
     try:
         pool = make_pool(config, secret_path, Metrics())
-        await pool.start()
-        await pool.wait_all_ready(WARM_DEADLINE_S)
+        try:
+            await pool.start(every_kind=True)
+        finally:
+            await pool.stop()
     except (IsolationUnavailable, ViewError) as error:
         say(f"FAIL isolation: {error}")
         return False
-    finally:
-        if pool is not None:
-            await pool.stop()
     kinds = ", ".join(tier.name for tier in pool.tiers)
     say(f"ok   isolation: all canaries behaved in every zygote ({kinds}) after {time.monotonic() - begun_s:.1f} s")
     return True
@@ -80,8 +75,7 @@ def main() -> int:
     path = config_file(arguments.config)
     try:
         config = load_settings(path)
-        command = [sys.executable, "-m", "services.sandbox_gateway.check", *sys.argv[1:]]
-        become_unprivileged(command, needed_paths(path, str(config.python or sys.executable)))
+        become_unprivileged(needed_paths(path, str(config.python or sys.executable)))
         return os.EX_OK if check(config, path) else os.EX_CONFIG
     except (ConfigError, CannotDrop) as error:
         print(f"FAIL {error}")

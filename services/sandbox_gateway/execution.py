@@ -78,8 +78,8 @@ class Execution:
             timers = (
                 loop.call_later(self._request.timeout_s, self.kill, "timeout"),
                 loop.call_later(SHORT_OUTPUT_S, self._read_as_it_comes, jail),
+                loop.call_later(SHORT_RUN_S, jail.yield_to_short_runs),
             )
-            self._step_back = loop.call_later(SHORT_RUN_S, self._yield_to_short_runs, jail)
             try:
                 await jail.start(self._program)
                 reply = await self._wait_for_exit(jail, started_s)
@@ -92,15 +92,11 @@ class Execution:
                 page = jail.report()
             finally:
                 self._jail = None
-                for timer in (*timers, self._step_back):
+                for timer in timers:
                     timer.cancel()
                 for fd in jail.outputs:
                     loop.remove_reader(fd)
         return self._result(reply, page, wall_s, queue_s)
-
-    def _yield_to_short_runs(self, jail: Jail) -> None:
-        if not jail.yield_to_short_runs():
-            self._step_back = asyncio.get_running_loop().call_later(SHORT_RUN_S, self._yield_to_short_runs, jail)
 
     def _read_as_it_comes(self, jail: Jail) -> None:
         for fd, stream in zip(jail.outputs, self._streams, strict=True):

@@ -16,8 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from services.sandbox_gateway.descriptors import Descriptors, sealed_memory, shared_page
-from services.sandbox_gateway.inside.messages import LOCKED, REPORT_BYTES, Order, Program, Reply
-from services.sandbox_gateway.verdict import read_report
+from services.sandbox_gateway.inside.messages import LOCKED, REPORT_BYTES, Order, Program, Reply, read_report
 
 if TYPE_CHECKING:
     from services.sandbox_gateway.zygote_process import ZygoteProcess
@@ -130,28 +129,17 @@ class Jail:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def yield_to_short_runs(self) -> bool:
+    def yield_to_short_runs(self) -> None:
         """Let it have the processors only as far as shorter runs do not want them; all its threads, present and future.
 
         Its process group, which is its own, has the number of its process. Should that end and its number be taken in
         between, an innocent run gets slower, no more.
-
-        Returns:
-            Whether that is settled; the kernel takes few changes of autogroups a second, so it may have to be repeated.
         """
-        try:
+        with contextlib.suppress(OSError):  # it has ended
             with open(f"/proc/self/fdinfo/{self._pidfd}") as facts:
                 group = next(int(line.split()[1]) for line in facts if line.startswith("Pid:"))
             if group > 0:
                 os.setpriority(os.PRIO_PGRP, group, LONG_RUN_NICE)
-                # Where the kernel schedules sessions as groups (not in a container), a group's weight is what counts.
-                with open(f"/proc/{group}/autogroup", "w") as autogroup:
-                    autogroup.write(str(LONG_RUN_NICE))
-        except BlockingIOError:
-            return False
-        except OSError:  # it has ended, or the kernel has no autogroups
-            pass
-        return True
 
     def report(self) -> bytes:
         """The page on which the run may have left its uncaught exception: hostile bytes."""

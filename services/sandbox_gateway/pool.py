@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 
-from services.sandbox_gateway import canaries, mends, policy
+from services.sandbox_gateway import mends, policy
 from services.sandbox_gateway.jail import SandboxFault
 from services.sandbox_gateway.tiers import Tier, TierChoice, tiers_for
 from services.sandbox_gateway.view import Interpreter, ViewError
@@ -70,36 +69,25 @@ class ZygotePool:
         """Kind → ``ready`` or ``starting``."""
         return {tier.name: "ready" if self._usable(tier.name) else "starting" for tier in self.tiers}
 
-    async def start(self) -> None:
-        """Bring the ``plain`` zygote up, which can run everything, and only then begin with the others.
+    async def start(self, every_kind: bool = False) -> None:
+        """Bring zygotes up.
+
+        Args:
+            every_kind: all of them; else only ``plain``, which can run everything.
 
         Raises:
-            IsolationUnavailable: it does not come up or a canary fails.
+            IsolationUnavailable: one does not come up or a canary fails.
         """
-        first = self.tiers[0]
-        self._current[first.name] = await self._start_proven(first, "first")
+        for tier in self.tiers if every_kind else self.tiers[:1]:
+            self._current[tier.name] = await self._start_proven(tier, "first")
+
+    async def keep(self) -> None:
+        """Bring up the kinds that are missing, and keep all of them in service, for ever.
+
+        Raises:
+            IsolationUnavailable: a kind of zygote cannot be brought up (any more).
+        """
         self._keepers = [asyncio.create_task(self._keep(tier), name=f"keep {tier.name}") for tier in self.tiers]
-
-    async def wait_all_ready(self, deadline_s: float) -> None:
-        """Wait until every kind is in service.
-
-        Raises:
-            IsolationUnavailable: one failed, or the deadline passed; names it.
-        """
-        until_s = time.monotonic() + deadline_s
-        while "starting" in self.states.values():
-            if self.failure is not None:
-                raise IsolationUnavailable(self.failure)
-            if time.monotonic() > until_s:
-                raise IsolationUnavailable(f"waited {deadline_s:.0f} s for zygotes: {self.states}")
-            await asyncio.sleep(0.02)
-
-    async def run_until_failure(self) -> None:
-        """Return never, but raise what ended a keeper: a dead background task is a crash.
-
-        Raises:
-            IsolationUnavailable: a kind of zygote cannot be brought up any more.
-        """
         await asyncio.gather(*self._keepers)
 
     async def pick(self, code: str, deadline_s: float) -> ZygoteProcess:
@@ -175,7 +163,10 @@ class ZygotePool:
         zygote = None
         try:
             zygote = await ZygoteProcess.start(tier, self._interpreter, policy.compile_bpf(), self._spares)
-            wrong = await canaries.failing_canaries(zygote, self._secret_path)
+            # Imported here, as it takes as long as the first zygote takes to warm up.
+            from services.sandbox_gateway.canaries import failing_canaries
+
+            wrong = await failing_canaries(zygote, self._secret_path)
             if wrong:
                 raise SandboxFault("; ".join(wrong))
             await zygote.spares.fill()

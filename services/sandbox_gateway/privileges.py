@@ -20,18 +20,18 @@ UNPRIVILEGED_ID = 10001
 _CLONE_NEWNS = 0x00020000
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 _MS_NOSUID, _MS_NODEV = 2, 4
+_PR_SET_DUMPABLE = 4
 
 
 class CannotDrop(Exception):
     """Root cannot become an ordinary user here; the text says why and what to do."""
 
 
-def become_unprivileged(command: list[str], needed: Iterable[Path]) -> None:
-    """Replace this process by ``command``, run as an unprivileged user; return only if it is unprivileged already.
+def become_unprivileged(needed: Iterable[Path]) -> None:
+    """Become an unprivileged user for good, unless this process is one already. Call it before there are threads.
 
     Args:
-        command: what to run instead of this.
-        needed: files and folders that it must be able to read.
+        needed: files and folders that must stay readable.
 
     Raises:
         CannotDrop: without the rights to change user or mounts, as in a container that dropped its capabilities.
@@ -43,12 +43,14 @@ def become_unprivileged(command: list[str], needed: Iterable[Path]) -> None:
         os.setgroups([])
         os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
         os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+        # With the change of user the kernel gave this process's /proc files to root; it needs them itself.
+        libc = ctypes.CDLL(None, use_errno=True)
+        _check(libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "stay dumpable")
     except OSError as error:
         mend = f"start the gateway as an ordinary user (in a container: user: '{UNPRIVILEGED_ID}')"
         raise CannotDrop(
             f"it never runs as root, and cannot become uid {UNPRIVILEGED_ID} here ({error}): {mend}"
         ) from error
-    os.execv(command[0], command)  # noqa: S606  the same program again
 
 
 def _expose(needed: list[Path]) -> None:

@@ -90,7 +90,6 @@ async def serve(config: SandboxGatewayConfig, secret_path: Path | None = None) -
             yield
 
     try:
-        await starting
         service = SandboxService(config, slots, pool, metrics)
         server = Server(
             uvicorn.Config(
@@ -110,6 +109,7 @@ async def serve(config: SandboxGatewayConfig, secret_path: Path | None = None) -
             service.drain()
             server.should_exit = True
 
+        await starting
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop, number)
@@ -124,7 +124,7 @@ async def _serve_until_failure(
     server: uvicorn.Server, pool: ZygotePool, config: SandboxGatewayConfig, slots: int
 ) -> None:
     serving = asyncio.create_task(server.serve())
-    keeping = asyncio.create_task(pool.run_until_failure())
+    keeping = asyncio.create_task(pool.keep())
     log.info("sandbox gateway on http://%s:%d: %d slots of %d MiB", config.host, config.port, slots, config.memory_mb)
     await asyncio.wait({serving, keeping}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True

@@ -7,12 +7,12 @@ a fault of the sandbox.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from services.sandbox_gateway.inside.messages import read_report
 from singlestream.contracts.sandbox import ErrorReport, RunStatus
 
 KillReason = Literal["timeout", "output_limit"]
@@ -68,18 +68,6 @@ def _killed_status(ending: Ending, number: int) -> RunStatus:
     # A run that ignores SIGXCPU meets the kernel's SIGKILL. Its clock for limits counts ticks and may run some tenths
     # ahead of the one that wait4 reports.
     return "timeout" if ending.cpu_s >= 0.8 * ending.cpu_limit_s else "killed"
-
-
-def read_report(page: bytes) -> dict[str, Any]:
-    """The JSON object on a report page; empty if there is none or it is damaged."""
-    text, end, _ = page.partition(b"\0")
-    if not text or not end:
-        return {}
-    try:
-        report = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return report if isinstance(report, dict) else {}
 
 
 def _error(report: dict[str, Any]) -> ErrorReport | None:

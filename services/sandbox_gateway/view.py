@@ -87,10 +87,11 @@ def bubblewrap_command(
     command = [
         bubblewrap,
         *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
-        # The jail dies with the gateway, and cannot push characters into its terminal.
-        *("--die-with-parent", "--new-session"),
-        # The zygote may unshare pid namespaces (in its own user namespace) and nothing else.
-        *("--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"),
+        # The jail dies with the gateway. It stays in the gateway's session, so that their nice values compare (see
+        # lockdown.py); it has no terminal open and cannot open one, so it can push no characters into it.
+        "--die-with-parent",
+        # The zygote may make pid and mount namespaces and join them (below its own user namespace), and nothing else.
+        *("--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SYS_CHROOT"),
         *("--uid", NOBODY, "--gid", NOBODY, "--hostname", "sandbox"),
     ]
     for folder in SYSTEM_FOLDERS:

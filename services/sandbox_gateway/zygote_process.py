@@ -103,7 +103,7 @@ class ZygoteProcess:
                 env={"PATH": "/usr/bin:/bin"},
                 cwd="/",
                 # Ctrl-C and signals to the gateway's group are the gateway's to handle, so that it can drain.
-                start_new_session=True,
+                process_group=0,
             )
         except BaseException:
             ours.close()

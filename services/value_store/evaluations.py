@@ -6,7 +6,7 @@ import logging
 import time
 
 from services.value_store import pinning
-from services.value_store.jobs import Job
+from services.value_store.jobs import Job, resumable
 from services.value_store.prompts import Refused
 from services.value_store.store import Store
 from singlestream.streams.ledger import Change
@@ -20,21 +20,16 @@ def _most(store: Store, alive: int) -> int:
 
 
 async def create_job(store: Store, job: Job, resume: bool) -> Job:
-    """Enter a job, or return the newest one that asks for the same and has not failed, where ``resume`` says so.
-
-    A finished evaluation is not gone back to: it tells of the policy that was.
+    """Enter a job, or return the one that it resumes, where ``resume`` says so.
 
     Raises `Refused` where prompts are not known, or a pinned job can have no replica.
     """
-    same = [one for one in store.memory.jobs.values() if one.error is None and one.same_as(job)]
-    same = [one for one in same if one.finished_at_s is None or one.purpose == "estimate"]
-    if resume and same:
-        return max(same, key=lambda one: one.created_at_s)
+    if resume and (same := resumable(store.memory.jobs.values(), job)):
+        return same
     alive = len(store.alive_replicas())
     if job.pinned and alive and not _most(store, alive):
         raise Refused(pinning.no_room(alive, store.config.rollout.evaluation_share))
-    await store.create_job(job)
-    return job
+    return await store.create_job(job, resume)
 
 
 async def cancel_job(store: Store, job_id: str) -> Job:

@@ -5,12 +5,13 @@ Which leases end how, and what that does to values, jobs and histories.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
-import msgpack
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +21,8 @@ from services.value_store.calibration import Calibration
 from services.value_store.jobs import ItemResult
 from services.value_store.memory import Memory, OpenLease
 from services.value_store.posterior import Floats, Retention
-from singlestream.contracts import Message, PosteriorUpdate, Tombstone, Trajectory, decode_all
+from singlestream.contracts import Closing, Message, Tombstone, Trajectory
+from singlestream.contracts.posterior_update import EVIDENCE
 from singlestream.errors import ContractError
 from singlestream.streams.anchors import is_anchored
 from singlestream.streams.ledger import Change
@@ -39,13 +41,15 @@ class Entry(NamedTuple):
     number: str
     lease: bytes
     data: bytes
-    message: Message | ContractError
+    message: Closing | Message | ContractError
 
 
-_Message = PosteriorUpdate | Trajectory | Tombstone
+Decode = Callable[[bytes], Closing | Message]
+"""`decode` or `decode_closing`; either raises `ContractError`."""
+_Message = Closing | Trajectory | Tombstone
 _M = TypeVar("_M", bound=_Message)
-_Counted = tuple[PosteriorUpdate, int, OpenLease]
-"""An update that is evidence, the row of its prompt, and its lease."""
+_Counted = tuple[Closing, OpenLease]
+"""An update that is evidence, and its lease, whose prompt is in the table."""
 
 HISTORY_FIELDS = (
     "lease_id",
@@ -61,6 +65,7 @@ HISTORY_FIELDS = (
     "at_s",
 )
 """A history record is a msgpack list in this order."""
+_pack = msgspec.msgpack.Encoder().encode
 
 
 @dataclass
@@ -103,31 +108,42 @@ class Batch:
             memory.state = self.change.state
 
 
-def decode_entries(raw: Sequence[tuple[str, bytes, bytes]]) -> list[Entry]:
+def decode_entries(raw: Sequence[tuple[str, bytes, bytes]], decode: Decode) -> list[Entry]:
     """Entries of `ValueStoreStreams.read_stream`, decoded. A pure function, so it may run ahead of the writing."""
-    messages = decode_all([data for *_, data in raw])
-    return [Entry(*one, message) for one, message in zip(raw, messages, strict=True)]
+
+    def read(data: bytes) -> Closing | Message | ContractError:
+        try:
+            return decode(data)
+        except ContractError as error:
+            return error
+
+    return [Entry(number, lease, data, read(data)) for number, lease, data in raw]
 
 
 def _usable(
-    entries: Sequence[Entry], source: str, kinds: tuple[type[_M], ...], memory: Memory, change: Change
+    entries: Sequence[Entry], kinds: tuple[type[_M], ...], open_: Mapping[str, OpenLease], change: Change
 ) -> Iterator[tuple[int, _M, OpenLease]]:
     """Messages that name an outstanding lease and its prompt, each lease once, with their place among the entries.
 
     Duplicates are counted, and what cannot be used becomes a dead letter.
+
+    Args:
+        entries: in stream order.
+        kinds: messages that belong into this stream.
+        open_: outstanding leases that end in it.
+        change: takes the rest.
     """
-    closed: set[str] = set()
+    source, closed = change.stream or "", set[str]()
     for place, entry in enumerate(entries):
         message = entry.message
         if not isinstance(message, kinds):
-            _set_aside(entry, source, closed, memory, change)
+            _set_aside(entry, closed, open_, change)
             continue
         number = message.lease_id
-        if reason := _misplaced(message):
+        lease = open_.get(number)
+        if reason := _misplaced(message, number):
             change.dead_letters.append((source, number, reason, entry.data))
-            continue
-        lease = memory.find(number)
-        if lease is None or number in closed:
+        elif lease is None or number in closed:
             change.duplicates += 1
         elif message.prompt_id != lease.prompt_id and not (message.prompt_id == "" and _fails(message)):
             reason = f"the lease is for prompt {lease.prompt_id}, the message names {message.prompt_id!r}"
@@ -137,29 +153,29 @@ def _usable(
             yield place, message, lease
 
 
-def _set_aside(entry: Entry, source: str, closed: set[str], memory: Memory, change: Change) -> None:
+def _set_aside(entry: Entry, closed: set[str], open_: Mapping[str, OpenLease], change: Change) -> None:
     """Make a dead letter of what is no message of this stream, and end the lease of a damaged one as failed."""
     number, damaged = entry.lease.decode(errors="replace"), isinstance(entry.message, ContractError)
     reason = str(entry.message)[:2000] if damaged else f"a {type(entry.message).__name__} does not belong here"
-    change.dead_letters.append((source, number, reason, entry.data))
-    if damaged and number not in closed and memory.find(number) is not None:
+    change.dead_letters.append((change.stream or "", number, reason, entry.data))
+    if damaged and number not in closed and number in open_:
         closed.add(number)  # its end has been written, however badly: nobody will write another
-        change.closes.append((number, "failed"))
+        change.close(number, "failed")
 
 
-def _misplaced(message: _Message) -> str:
+def _misplaced(message: _Message, number: str) -> str:
     """Why a message cannot end the lease that it names; empty where it can."""
-    trains = message.lease_id.startswith("train:")
-    if isinstance(message, PosteriorUpdate):
+    trains = number.startswith("train:")
+    if isinstance(message, Closing):
         if not trains or message.outcome not in TRAINING_ENDS:
-            return f"no update closes {message.lease_id} as {message.outcome}"
+            return f"no update closes {number} as {message.outcome}"
     elif trains:
         return "the result of a training lease belongs to the learner"
     return ""
 
 
 def _fails(message: _Message) -> bool:
-    return isinstance(message, Tombstone) or (isinstance(message, PosteriorUpdate) and message.outcome == "failed")
+    return isinstance(message, Tombstone) or (isinstance(message, Closing) and message.outcome == "failed")
 
 
 def plan_updates(
@@ -190,24 +206,23 @@ def plan_updates(
     taken, seen = len(entries), set[int]()
     counted: list[_Counted] = []
     change = Change(stream=stream, before=memory.cursors.get(stream, "0-0"))
-    for place, message, lease in _usable(entries, stream, (PosteriorUpdate,), memory, change):
-        row = memory.table.row(lease.prompt_id)
-        if message.reward is not None and row is not None:
-            if row in seen:
+    for place, update, lease in _usable(entries, (Closing,), memory.open["train"], change):
+        if update.outcome in EVIDENCE and lease.row is not None:
+            if lease.row in seen:
                 taken = place
                 break
-            seen.add(row)
-            counted.append((message, row, lease))
-            if anchor_share and is_anchored(lease.prompt_id, anchor_share):
-                change.anchors.append((lease.prompt_id, message.lease_id))
-        change.closes.append((message.lease_id, message.outcome))
-    memory.clock.require({message.version for message, *_ in counted if message.version is not None})
+            seen.add(lease.row)
+            counted.append((update, lease))
+        change.close(update.lease_id, update.outcome)
+    if anchor_share:
+        change.anchors = [(u.prompt_id, u.lease_id) for u, _ in counted if is_anchored(u.prompt_id, anchor_share)]
+    memory.clock.require({update.version for update, _ in counted if update.version is not None})
     change.after = entries[taken - 1].number
     batch = Batch(change, entries=taken)
     if counted:
         _revise(batch, counted, memory, retention, now_s)
     ended = Counter(memory.ended["train"])
-    ended.update(outcome for _, outcome in change.closes)
+    ended.update({outcome: len(leases) for (_, outcome), leases in change.closes.items()})
     if memory.admission.completed(ended) >= total and memory.state in ("running", "paused"):
         change.state = "finished"
     return batch
@@ -215,12 +230,12 @@ def plan_updates(
 
 def _revise(batch: Batch, counted: Sequence[_Counted], memory: Memory, retention: Retention, now_s: float) -> None:
     """New posteriors, records and histories of the prompts that have evidence."""
-    updates, row_list, leases = zip(*counted, strict=True)
-    table, rows = memory.table, np.array(row_list, np.int64)
+    updates, leases = zip(*counted, strict=True)
+    table, rows = memory.table, np.array([lease.row for lease in leases], np.int64)
     reward = np.array([update.reward for update in updates], np.float64)
     version = np.array([update.version for update in updates], np.int64)
     at_lease = [lease.v_hat for lease in leases]
-    drift = np.array([np.nan if update.kl is None else update.kl for update in updates])
+    drift = np.array([update.kl for update in updates], np.float64)  # NaN for None
     z, z_last, version_last = memory.clock.lookup(version), table.z_last[rows], table.version[rows]
     kl = np.where(table.visits[rows] == 0, 0.0, drift)  # R: a first visit has no drift
     rho = retention.rho(z, z_last, version, version_last, kl)
@@ -242,10 +257,9 @@ def _revise(batch: Batch, counted: Sequence[_Counted], memory: Memory, retention
     ids = [lease.prompt_id for lease in leases]
     batch.change.values = dict(zip(ids, table.records(rows, **batch.columns), strict=True))
     columns = (rho, before, posterior.v_hat(alpha, beta), alpha + beta, z)
-    pack = msgpack.Packer().pack
     batch.change.history = [
-        (lease.prompt_id, pack((u.lease_id, u.outcome, u.version, u.reward, *numbers, lease.v_hat, now_s)))
-        for u, lease, *numbers in zip(updates, leases, *(c.tolist() for c in columns), strict=True)
+        (prompt, _pack((u.lease_id, u.outcome, u.version, u.reward, *numbers, now_s)))
+        for prompt, u, *numbers in zip(ids, updates, *(c.tolist() for c in columns), at_lease, strict=True)
     ]
     batch.calibration = memory.calibration.with_evidence(np.array(at_lease), reward)
     batch.change.calibration = batch.calibration.pack()
@@ -269,14 +283,15 @@ def plan_results(entries: Sequence[Entry], stream: str, memory: Memory, rho_min:
     change = Change(stream=stream, before=memory.cursors.get(stream, "0-0"), after=entries[-1].number)
     ended: list[tuple[OpenLease, ItemResult]] = []
     kinds: tuple[type[Trajectory | Tombstone], ...] = (Trajectory, Tombstone)
-    for _, message, lease in _usable(entries, stream, kinds, memory, change):
-        change.closes.append((message.lease_id, "scored" if isinstance(message, Trajectory) else "failed"))
+    open_ = ChainMap(memory.open["estimate"], memory.open["evaluate"])
+    for _, message, lease in _usable(entries, kinds, open_, change):
+        change.close(message.lease_id, "scored" if isinstance(message, Trajectory) else "failed")
         ended.append((lease, _item_result(message, lease, memory)))
     memory.clock.require(result.version for _, result in ended if result.version is not None)
     known = {result.lease_id for _, result in ended}
-    for number, _ in change.closes:
-        if number not in known and (damaged := memory.find(number)):  # closed because its message was damaged
-            ended.append((damaged, _failed_item(number, "malformed", damaged, memory)))
+    for number in chain.from_iterable(change.closes.values()):
+        if number not in known:  # closed because its message was damaged
+            ended.append((open_[number], _failed_item(number, "malformed", open_[number], memory)))
     priors: dict[int, tuple[float, float, float, int]] = {}
     for lease, result in ended:
         job = memory.jobs.get(lease.job or "")
@@ -285,7 +300,7 @@ def plan_results(entries: Sequence[Entry], stream: str, memory: Memory, rho_min:
         job.record(lease.item, result)
         change.job_results.setdefault(job.job_id, {})[str(lease.item)] = result.pack()
         if job.purpose == "estimate" and (rewards := job.offline_rewards(lease.item)) is not None and len(rewards):
-            row = memory.table.row(lease.prompt_id)
+            row = lease.row
             if row is not None and memory.table.visits[row] == 0:
                 alpha, beta = posterior.prior(float(rewards.sum(dtype=np.float64)), len(rewards), rho_min)
                 version = result.version if result.version is not None else lease.version

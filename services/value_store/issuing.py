@@ -33,7 +33,7 @@ MIN_BACKLOG = 8
 
 
 def parse_replicas(raw: Mapping[bytes, bytes]) -> list[Replica]:
-    """Reports as they stand in Redis; one that cannot be read counts for nothing."""
+    """Reports as they stand in Redis, ``at_s`` by the replicas' clocks; one that cannot be read counts for nothing."""
     replicas = []
     for name, text in raw.items():
         try:
@@ -152,7 +152,7 @@ def all_weights(
 
 
 def training_weights(
-    memory: Memory, settings: ValueStoreConfig, retention: Retention, rng: np.random.Generator
+    memory: Memory, settings: ValueStoreConfig, retention: Retention, rng: np.random.Generator | None = None
 ) -> NDArray[np.float64]:
     """`all_weights`, but 0 where a training lease is outstanding or the prompt is not for training."""
     weight = all_weights(memory, settings, retention, rng)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgpack
@@ -229,3 +230,19 @@ class Job:
         """Inverse of `pack`; the items' states come from `record` and `lease`."""
         record = msgpack.unpackb(data, raw=False)
         return cls(**{**record, "sampling": Sampling.model_validate(record["sampling"])})
+
+
+def resumable(jobs: Iterable[Job], job: Job) -> Job | None:
+    """The newest job that asks for the same and has not failed; None where there is none.
+
+    A finished evaluation is not gone back to: it tells of the policy that was.
+    """
+    same = [one for one in jobs if one.error is None and one.same_as(job)]
+    same = [one for one in same if one.finished_at_s is None or one.purpose == "estimate"]
+    return max(same, key=lambda one: one.created_at_s, default=None)
+
+
+def surplus(jobs: Iterable[Job], kept: int) -> list[str]:
+    """Numbers of the jobs that are dropped with their results: all finished ones but the ``kept`` finished last."""
+    finished = sorted((job.finished_at_s, job.job_id) for job in jobs if job.finished_at_s is not None)
+    return [job_id for _, job_id in finished[: max(0, len(finished) - kept)]]

@@ -11,13 +11,16 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from services.value_store import evaluations, issuing
-from services.value_store.evidence import Entry, decode_entries
+from services.value_store.evidence import Decode, Entry, decode_entries
 from services.value_store.store import NotReady, Store
+from singlestream.contracts import decode, decode_closing
 from singlestream.streams.connection import LOST
 from singlestream.streams.keys import GROUP
 from singlestream.streams.ledger import PURPOSES
+from singlestream.streams.queues import ask_oldest
 
 log = logging.getLogger(__name__)
 
@@ -32,27 +35,28 @@ TICK_S = 0.05
 TRAJECTORIES_PER_LOOK = 32
 CHECK_EVERY_S = 1.0
 """How often Redis' memory and its run id are read."""
+TIDY_EVERY_S = 60.0
 
 
 async def follow_updates(store: Store) -> None:
     """Apply ``posterior_updates`` as they arrive."""
-    await _follow(store, store.keys.posterior_updates, ENTRIES_PER_BATCH, store.take_updates)
+    await _follow(store, store.keys.posterior_updates, ENTRIES_PER_BATCH, decode_closing, store.take_updates)
 
 
 async def follow_results(store: Store) -> None:
     """Apply ``results`` as they arrive."""
-    await _follow(store, store.keys.scored, RESULTS_PER_BATCH, store.take_results)
+    await _follow(store, store.keys.scored, RESULTS_PER_BATCH, decode, store.take_results)
 
 
 async def _follow(
-    store: Store, stream: str, count: int, take: Callable[[str, Sequence[Entry]], Awaitable[None]]
+    store: Store, stream: str, count: int, decode: Decode, take: Callable[[str, Sequence[Entry]], Awaitable[None]]
 ) -> None:
     while True:
         await store.until_ready()
         memory = store.memory
         batches, room = asyncio.Queue[list[Entry]](), asyncio.Semaphore(BATCHES_AHEAD)
         after = memory.cursors.get(stream, "0-0")
-        reading = asyncio.create_task(_read(store, stream, after, count, batches, room))
+        reading = asyncio.create_task(_read(store, stream, after, count, decode, batches, room))
         try:
             while entries := await batches.get():
                 room.release()
@@ -67,13 +71,19 @@ async def _follow(
 
 
 async def _read(
-    store: Store, stream: str, after: str, count: int, batches: asyncio.Queue[list[Entry]], room: asyncio.Semaphore
+    store: Store,
+    stream: str,
+    after: str,
+    count: int,
+    decode: Decode,
+    batches: asyncio.Queue[list[Entry]],
+    room: asyncio.Semaphore,
 ) -> None:
     """Put decoded batches into the queue until nothing comes for `BLOCK_MS`; an empty one is the last."""
     try:
         await room.acquire()
         while raw := await store.streams.read_stream(stream, after, count, BLOCK_MS):
-            batches.put_nowait(decode_entries(raw))
+            batches.put_nowait(decode_entries(raw, decode))
             after = raw[-1][0]
             await room.acquire()
     except LOST as error:
@@ -112,10 +122,13 @@ async def follow_trajectories(store: Store) -> None:
 
 async def issue_leases(store: Store) -> None:
     """Keep the lease streams as full as the living replicas need, and wind an early stop down."""
-    checked_s = 0.0
+    checked_s = tidied_s = 0.0
     while True:
         await store.until_ready()
         try:
+            if time.monotonic() - tidied_s > TIDY_EVERY_S:
+                await tidy(store)
+                tidied_s = time.monotonic()
             if time.monotonic() - checked_s > CHECK_EVERY_S:
                 await check_redis(store)
                 checked_s = time.monotonic()
@@ -132,15 +145,28 @@ async def issue_leases(store: Store) -> None:
         await asyncio.sleep(TICK_S)
 
 
+async def tidy(store: Store) -> None:
+    """Drop what has outlived its use in Redis: dead letters beyond their bound, consumers of dead replicas."""
+    async with store.writing() as memory:
+        kept = store.config.value_store.dead_letters_kept
+        letters, consumers = await store.streams.tidy(kept, issuing.FORGOTTEN_S)
+        memory.dead_letters_dropped += letters
+    if letters or consumers:
+        log.info("dropped %d dead letters and %d consumers of dead replicas", letters, consumers)
+
+
 async def check_redis(store: Store) -> None:
     """Notice a restart of Redis, and memory that runs out; read what the page shows of the others."""
-    keys, recent = store.keys, store.recent
+    keys, recent, cursors = store.keys, store.recent, store.memory.cursors
+    applied = {stream: cursors.get(stream, "0-0") for stream in (keys.posterior_updates, keys.scored)}
+    kept = dict.fromkeys((keys.trajectories, keys.dead_letters, *map(keys.leases, PURPOSES)), "0-0")
     async with store.redis.pipeline(transaction=False) as pipe:
         pipe.info()
         pipe.get(keys.learner)
+        ask_oldest(pipe, applied | kept)
         for stream in (keys.trajectories, keys.posterior_updates, keys.scored, keys.dead_letters):
             pipe.xlen(stream)
-        info, heartbeat, *lengths = await pipe.execute()
+        info, heartbeat, ages_ms, *lengths = await pipe.execute()
     if str(info["run_id"]) != store.memory.redis_run_id:
         store.doubt(ConnectionError("Redis has restarted"))
         return
@@ -152,7 +178,15 @@ async def check_redis(store: Store) -> None:
     queues = recent.queues
     queues.trajectories, queues.posterior_updates, queues.results, queues.dead_letters = lengths
     queues.read_at_s = time.time()
-    recent.learner = parse_heartbeat(heartbeat)
+    updates, results, trajectories, dead_letters, *leases = (age / 1000 for age in ages_ms)
+    recent.oldest_s = {
+        "leases": max(leases),
+        "trajectories": trajectories,
+        "posterior_updates": updates,
+        "results": results,
+        "dead_letters": dead_letters,
+    }
+    recent.hear_learner(parse_heartbeat(heartbeat), time.time())
     recent.snapshot(time.time(), store.memory.table.v_hat)
 
 
@@ -175,6 +209,8 @@ async def _wanted(store: Store) -> tuple[int, int]:
             pipe.execute_command("XPENDING", keys.leases(purpose), GROUP)
         raw, *lengths = await pipe.execute()
     now_s, reports = time.time(), issuing.parse_replicas(raw)
+    came_s = store.receipts.note({one.name: one.at_s for one in reports}, now_s)
+    reports = [replace(one, at_s=came_s[one.name]) for one in reports]
     store.replicas = [one for one in reports if now_s - one.at_s < issuing.FORGOTTEN_S]
     if gone := [one.name for one in reports if now_s - one.at_s >= issuing.FORGOTTEN_S]:
         await store.redis.hdel(keys.replicas, *gone)  # killed ones never sign off

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgpack
 import numpy as np
@@ -40,6 +40,7 @@ class OpenLease:
         issued_at_s: Unix time.
         job: job that asked for it; None for training.
         item: item of that job.
+        row: row of the prompt in the table of this memory; None where it has none. Not in Redis.
     """
 
     prompt_id: str
@@ -48,6 +49,7 @@ class OpenLease:
     issued_at_s: float
     job: str | None = None
     item: int = 0
+    row: int | None = field(default=None, compare=False)
 
     def pack(self) -> bytes:
         """As it stands in Redis."""
@@ -55,9 +57,10 @@ class OpenLease:
         return bytes(msgpack.packb(fields, use_bin_type=True))
 
     @classmethod
-    def unpack(cls, data: bytes) -> OpenLease:
-        """Inverse of `pack`."""
-        return cls(*msgpack.unpackb(data, raw=False))
+    def unpack(cls, data: bytes, table: Table) -> OpenLease:
+        """Inverse of `pack`, with the row in that table."""
+        prompt_id, v_hat, version, issued_at_s, job, item = msgpack.unpackb(data, raw=False)
+        return cls(prompt_id, v_hat, version, issued_at_s, job, item, table.row(prompt_id))
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Memory:
         self.open: dict[Purpose, dict[str, OpenLease]] = {purpose: {} for purpose in PURPOSES}
         self.leased: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
         self.ended: dict[Purpose, dict[Outcome, int]] = {purpose: {} for purpose in PURPOSES}
-        self.duplicates = 0
+        self.duplicates = self.jobs_dropped = self.dead_letters_dropped = 0
         self.on_clock = 0
         self.cursors: dict[str, str] = {}
         self.versions: deque[PublishedVersion] = deque(maxlen=VERSIONS_KEPT)
@@ -103,25 +106,20 @@ class Memory:
         self.state = "paused"
         self.issued: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
 
-    def find(self, lease: str) -> OpenLease | None:
-        """The outstanding lease of that number, or None."""
-        return self.open.get(lease.split(":", 1)[0], {}).get(lease)  # type: ignore[call-overload,no-any-return]
-
-    def close(self, closes: Iterable[tuple[str, Outcome]]) -> None:
+    def close(self, closes: Mapping[tuple[Purpose, Outcome], Sequence[str]]) -> None:
         """Take leases that have ended out of the books."""
-        counts: Counter[tuple[Purpose, Outcome]] = Counter()
-        landed: list[int] = []
-        for lease, outcome in closes:
-            purpose: Purpose = lease.split(":", 1)[0]  # type: ignore[assignment]
-            ended = self.open[purpose].pop(lease)
-            counts[purpose, outcome] += 1
-            if purpose == "train" and (row := self.table.row(ended.prompt_id)) is not None:
-                landed.append(row)
-        np.subtract.at(self.table.in_flight, landed, 1)
-        for (purpose, outcome), count in counts.items():
-            self.ended[purpose][outcome] = self.ended[purpose].get(outcome, 0) + count
+        for (purpose, outcome), leases in closes.items():
+            ended = [self.open[purpose].pop(lease) for lease in leases]
+            self.ended[purpose][outcome] = self.ended[purpose].get(outcome, 0) + len(leases)
             if purpose == "train":
-                self.admission.end(outcome, count)
+                np.subtract.at(self.table.in_flight, [one.row for one in ended if one.row is not None], 1)
+                self.admission.end(outcome, len(leases))
+
+    def drop_jobs(self, job_ids: Sequence[str]) -> None:
+        """Forget finished jobs."""
+        for job_id in job_ids:
+            del self.jobs[job_id]
+        self.jobs_dropped += len(job_ids)
 
     def add(self, lease: str, record: OpenLease) -> None:
         """Enter a lease that has been issued."""
@@ -130,9 +128,8 @@ class Memory:
         self.leased[purpose] += 1
         if purpose == "train":
             self.admission.issue(1)
-            row = self.table.row(record.prompt_id)
-            if row is not None:
-                self.table.in_flight[row] += 1
+            if record.row is not None:
+                self.table.in_flight[record.row] += 1
         elif record.job in self.jobs:
             self.jobs[record.job].lease(record.item)
 
@@ -218,12 +215,13 @@ async def _load_ledger(memory: Memory, redis: Redis, streams: ValueStoreStreams)
     ended = ledger["train"].ended
     memory.admission.leased = memory.leased["train"]
     memory.admission.ended = {outcome: ended[outcome] for outcome in TRAINING_ENDS}
-    memory.duplicates = int(await redis.hget(streams.keys.ledger, "duplicates") or 0)
+    counts = await redis.hmget(streams.keys.ledger, ["duplicates", "jobs_dropped", "dead_letters_dropped"])
+    memory.duplicates, memory.jobs_dropped, memory.dead_letters_dropped = (int(count or 0) for count in counts)
     for purpose in PURPOSES:
         async for batch in streams.scan(streams.keys.outstanding(purpose)):
             for lease, record in batch:
                 if (number := lease.decode()) not in memory.open[purpose]:
-                    _restore(memory, number, OpenLease.unpack(record))
+                    _restore(memory, number, OpenLease.unpack(record, memory.table))
 
 
 def _restore(memory: Memory, lease: str, record: OpenLease) -> None:
@@ -231,9 +229,8 @@ def _restore(memory: Memory, lease: str, record: OpenLease) -> None:
     purpose: Purpose = lease.split(":", 1)[0]  # type: ignore[assignment]
     if purpose == "train":
         memory.admission.leased += 1
-        row = memory.table.row(record.prompt_id)
-        if row is not None:
-            memory.table.in_flight[row] += 1
+        if record.row is not None:
+            memory.table.in_flight[record.row] += 1
     elif record.job in memory.jobs:
         memory.jobs[record.job].lease(record.item)
     memory.open[purpose][lease] = record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -10,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from services.value_store import views
+from services.value_store import issuing, sampler, views
 from services.value_store.memory import Memory
 from services.value_store.store import NotReady, Store
 from singlestream.telemetry import METRIC_PREFIX
@@ -47,6 +48,10 @@ def _recent(store: Store) -> Iterable[Metric]:
     for name in ("trajectories", "posterior_updates", "results", "dead_letters", "unread_leases", "held_leases"):
         lag.add_metric([name], getattr(recent.queues, name))
     yield lag
+    oldest = GaugeMetricFamily(f"{_PREFIX}_stream_oldest_seconds", "Age of the oldest entry.", labels=["stream"])
+    for name, age_s in recent.oldest_s.items():
+        oldest.add_metric([name], age_s)
+    yield oldest
     if recent.rewards:
         mean = sum(recent.rewards) / len(recent.rewards)
         yield GaugeMetricFamily(f"{_PREFIX}_reward_mean", "Mean reward of the last 1,024 trajectories counted.", mean)
@@ -67,6 +72,10 @@ def _leases(memory: Memory) -> Iterable[Metric]:
     headroom = memory.admission.headroom
     yield GaugeMetricFamily(f"{_PREFIX}_admission_headroom_leases", "Training leases admitted now.", headroom)
     yield CounterMetricFamily(f"{_PREFIX}_duplicates", "Closings that named no outstanding lease.", memory.duplicates)
+    dropped = CounterMetricFamily(f"{_PREFIX}_dropped", "Records beyond their bound, oldest first.", labels=["what"])
+    dropped.add_metric(["dead_letters"], memory.dead_letters_dropped)
+    dropped.add_metric(["jobs"], memory.jobs_dropped)
+    yield dropped
     on_clock = "Updates under kl retention that went by the drift clock for want of an anchor, since this start."
     yield CounterMetricFamily(f"{_PREFIX}_kl_on_clock", on_clock, memory.on_clock)
 
@@ -79,6 +88,10 @@ def _posterior(store: Store, memory: Memory) -> Iterable[Metric]:
     yield GaugeMetricFamily(f"{_PREFIX}_visited_ratio", "Prompts with visits.", visited / max(1, len(table)))
     yield _histogram("v_hat", "Posterior means.", table.v_hat, _V_HAT)
     yield _histogram("n_eff_observations", "Observations behind each posterior now.", _n_eff(store), _N_EFF)
+    weight = issuing.training_weights(memory, store.config.value_store, store.retention)
+    effective = math.exp(sampler.entropy(weight)) if weight.any() else 0.0
+    text = "e^H of the next draw: as many prompts, drawn alike, would be as hard to foretell."
+    yield GaugeMetricFamily(f"{_PREFIX}_sampling_effective_prompts", text, effective)
     yield GaugeMetricFamily(f"{_PREFIX}_drift_clock", "z of the version published last.", memory.clock.now)
     if memory.newest is not None:
         yield GaugeMetricFamily(f"{_PREFIX}_policy_version", "Version published last.", memory.newest.version)

@@ -18,7 +18,10 @@ from singlestream.streams.pins import Pin
 
 @dataclass(frozen=True)
 class Replica:
-    """A rollout replica's last report; see `singlestream.streams.Keys.replicas`."""
+    """A rollout replica's last report; see `singlestream.streams.Keys.replicas`.
+
+    ``at_s`` is when it came in, by this store's clock (`receipts`).
+    """
 
     name: str
     slots: int

@@ -107,16 +107,6 @@ def update(alpha: ArrayLike, beta: ArrayLike, rho: ArrayLike, reward: ArrayLike)
     return np.maximum(rho * alpha + reward, FLOOR), np.maximum(rho * beta + (1.0 - reward), FLOOR)
 
 
-def update_ema(v: ArrayLike, n_eff: ArrayLike, rho: ArrayLike, reward: ArrayLike) -> tuple[Floats, Floats]:
-    """The same update as a moving average: η = 1/(ρ·n + 1), v̂ ← v̂ + η(r − v̂), n ← ρn + 1; returns (v̂, n_eff).
-
-    Exact for any reward in [0, 1]. P prints η = 1/(n + 1), which forgets that n has been decayed (docs/spo.md).
-    """
-    v, n_eff, rho, reward = (np.asarray(x, np.float64) for x in (v, n_eff, rho, reward))
-    n_new = rho * n_eff + 1.0
-    return v + (reward - v) / n_new, n_new
-
-
 def v_hat(alpha: ArrayLike, beta: ArrayLike) -> Floats:
     """Posterior mean α/(α+β), [P] strictly inside (0, 1)."""
     alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)

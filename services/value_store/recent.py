@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from services.value_store.receipts import Receipts
 from services.value_store.trajectories import LastTrajectories
 
 EVIDENCE_KEPT = 1024
@@ -42,9 +43,15 @@ class Recent:
     snapshots: deque[tuple[float, list[int]]] = field(default_factory=lambda: deque(maxlen=SNAPSHOTS_KEPT))
     """(Unix time, counts of v̂ in `BINS` equal bins)."""
     queues: Queues = field(default_factory=Queues)
+    oldest_s: dict[str, float] = field(default_factory=dict)
+    """Queue → age of its oldest entry in seconds, 0 where none waits; as old as ``queues``."""
     trajectories: LastTrajectories = field(default_factory=LastTrajectories)
     learner: dict[str, object] | None = None
-    """The learner's heartbeat: step, state, waiting_for, at_s; None where it has sent none."""
+    """The learner's heartbeat: step, state, waiting_for, at_s; None where it has sent none.
+
+    ``at_s`` is when it came in, by this store's clock.
+    """
+    _heartbeats: Receipts = field(default_factory=Receipts)
 
     def add(self, rho: NDArray[np.float64], rewards: NDArray[np.float64], staleness: NDArray[np.int64]) -> None:
         """Note a batch of updates."""
@@ -52,6 +59,12 @@ class Recent:
             self.rho = rho
             self.rewards.extend(rewards[-EVIDENCE_KEPT:].tolist())
             self.staleness.extend(staleness[-EVIDENCE_KEPT:].tolist())
+
+    def hear_learner(self, heartbeat: dict[str, object] | None, now_s: float) -> None:
+        """Note the learner's heartbeat as it stands in Redis."""
+        said_s = (heartbeat or {}).get("at_s")
+        came_s = self._heartbeats.note({"learner": said_s} if isinstance(said_s, int | float) else {}, now_s)
+        self.learner = heartbeat and {**heartbeat, "at_s": came_s.get("learner")}
 
     def mean_reward(self, count: int) -> float | None:
         """Mean of the last ``count`` rewards, as far as they are kept; None before the first."""

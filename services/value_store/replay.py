@@ -245,6 +245,8 @@ def show(result: dict[str, Any]) -> str:
         f"{run['exact_drift_share']:.0%}"
         for run in result["runs"]
     ]
+    lines += ["", "R2: share of the rewards' variance that v-hat explains, higher is better. Brier: lower is better."]
+    lines += ["±: half the range over the runs. kappa: value_store.shrinkage."]
     lines += ["", f"{'mode':<16}{'kappa':>6}{'R2':>10}{'±':>8}{'Brier':>9}{'±':>8}"]
     for row in result["rows"]:
         lines.append(

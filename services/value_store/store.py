@@ -11,16 +11,16 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 from redis.asyncio import Redis
-from redis.exceptions import OutOfMemoryError
 
 from services.value_store import evidence, issuing, posterior, sampler
 from services.value_store.drift_clock import UnknownVersions
 from services.value_store.evidence import Batch, Entry
-from services.value_store.jobs import Job
+from services.value_store.jobs import Job, resumable, surplus
 from services.value_store.memory import Memory, OpenLease, load_memory
 from services.value_store.pinning import Replica
 from services.value_store.posterior import Retention
 from services.value_store.prompts import Prior, Prompt, Refused, plan_upsert
+from services.value_store.receipts import Receipts
 from services.value_store.recent import Recent
 from singlestream.config import Config
 from singlestream.contracts import Lease, Purpose, Sampling, Tombstone, decode_as, lease_id
@@ -63,6 +63,7 @@ class Store:
         )
         self.rng = np.random.default_rng()
         self.replicas: list[Replica] = []
+        self.receipts = Receipts()
         self.memory_full = False
         self.rebuilds = 0
         self.recent = Recent()
@@ -110,7 +111,7 @@ class Store:
             while self._doubt.is_set():
                 try:
                     await self._read_anew()
-                except (*LOST, UnknownOutcome, OutOfMemoryError) as error:
+                except (*LOST, UnknownOutcome) as error:
                     waited_s = time.monotonic() - started
                     if waited_s > self.config.value_store.redis_deadline_s:
                         raise DeadlineExceeded(f"Redis, to read the value store's state ({error})", waited_s) from error
@@ -247,17 +248,22 @@ class Store:
                 memory.table.put(list(values), list(values.values()))
         return ids
 
-    async def create_job(self, job: Job) -> None:
-        """Enter a job; its items are leased as the replicas' demand allows.
+    async def create_job(self, job: Job, resume: bool = False) -> Job:
+        """Enter a job, or return the one that it `resumable`-s; its items are leased as the replicas' demand allows.
 
         Raises `Refused` for prompts that are not known.
         """
         async with self.writing() as memory:
+            if resume and (same := resumable(memory.jobs.values(), job)):
+                return same
             unknown = [prompt_id for prompt_id in job.prompt_ids if prompt_id not in memory.table]
             if unknown:
                 raise Refused(f"{len(unknown)} prompts are not known, first {unknown[0]!r}")
-            await self.commit(Change(jobs={job.job_id: job.pack()}))
+            old = surplus(memory.jobs.values(), self.config.value_store.finished_jobs_kept)
+            await self.commit(Change(jobs={job.job_id: job.pack()}, dropped_jobs=old))
             memory.jobs[job.job_id] = job
+            memory.drop_jobs(old)
+        return job
 
     async def set_training(self, state: str) -> str:
         """Move training to running, paused or stopped; returns its state then: stopping until the end marker stands.
@@ -291,7 +297,7 @@ class Store:
                 if lease in memory.open["train"]
             ]
             cancelled = await self.streams.cancel("train", unread) if unread else []
-            memory.close((lease, "cancelled") for lease in cancelled)
+            memory.close({("train", "cancelled"): cancelled})
             if await self.streams.end_training("stopped", "stopping", "stopped"):
                 memory.state = "stopped"
                 log.info("training is stopped; %d leases are with the learner", len(memory.open["train"]))
@@ -389,7 +395,7 @@ class Store:
                 pinned=job.pinned if job else False,
                 issued_at_s=now_s,
             )
-            leases.append((lease, OpenLease(prompt_id, v_hat, version, now_s, job_id, item)))
+            leases.append((lease, OpenLease(prompt_id, v_hat, version, now_s, job_id, item, row)))
         together = self.config.value_store.group_size if purpose == "train" else 1
         await self.streams.issue(purpose, [(lease, record.pack()) for lease, record in leases], together)
         memory.issued[purpose] += len(leases)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,19 +51,19 @@ def _follow(store: ValueStore, job: Job, stall_s: float) -> Job:
 
 def estimate(
     config: ConfigOption,
-    split: Annotated[str, typer.Option(help="Prompts of this split: train or eval.")] = "train",
+    split: Annotated[Literal["train", "eval"], typer.Option(help="Prompts of this split.")] = "train",
     n: Annotated[int, typer.Option(min=1, max=1024, help="Rewards for each prompt.")] = 8,
     limit: LimitOption = None,
     prompts: PromptsOption = None,
     export: Annotated[Path | None, typer.Option(help="Write the reference recipe's offline_values.json here.")] = None,
-    again: Annotated[bool, typer.Option(help="Collect anew where the same has been estimated already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Collect anew what has been estimated already.")] = False,
     stall_s: StallOption = STALL_S,
 ) -> None:
     """Collect rewards for prompts and set their priors. Started again, it goes on with what is there."""
     with _store(config) as store:
         if prompts is not None:
             _post(store, prompts)
-        job = store.create_job("estimate", split=split, n=n, limit=limit, resume=not again)  # type: ignore[arg-type]
+        job = store.create_job("estimate", split=split, n=n, limit=limit, resume=not again)
         job = _follow(store, job, stall_s)
         typer.echo(
             f"job {job.job_id}: {job.done} rewards of {job.prompts} prompts, {job.failed} failed, "
@@ -86,17 +86,19 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="Data sets by name, from the hub, or NAME=FILE; without any: the posted prompts."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Posted prompts of this split, where no data set is named.")] = "eval",
+    split: Annotated[
+        Literal["train", "eval"], typer.Option(help="Posted prompts of this split, where no data set is named.")
+    ] = "eval",
     n: Annotated[int, typer.Option(min=1, max=1024, help="Samples of each prompt.")] = 32,
     limit: LimitOption = None,
     environment: Annotated[
         str, typer.Option(help="Of the named data sets; with /grader for another one.")
     ] = "math_python",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 switches it off.")] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="0 means no limit.")] = 20,
     pinned: Annotated[bool, typer.Option(help="One policy version samples everything, on replicas of its own.")] = True,
-    again: Annotated[bool, typer.Option(help="A job of its own, also where the same is under way.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="A job of its own, also where the same is under way.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON to write; default: evaluations/<job>.json of the run.")] = None,
     as_json: JsonOption = False,
     stall_s: StallOption = STALL_S,
@@ -180,13 +182,17 @@ def list_(config: ConfigOption, as_json: JsonOption = False) -> None:
         for job in jobs:
             typer.echo(job.model_dump_json())
         return
+    if not jobs:
+        typer.echo("no jobs; `singlestream estimate` and `singlestream eval` make them")
     for job in jobs:
         state = job.error or job.waiting_for or job.state
         typer.echo(f"{job.job_id}  {job.purpose}  {job.done} of {job.total}, {job.failed} failed  {state}")
 
 
 @app.command()
-def cancel(job_id: str, config: ConfigOption) -> None:
+def cancel(
+    job_id: Annotated[str, typer.Argument(help="12 hex digits; the first column of `jobs list`.")], config: ConfigOption
+) -> None:
     """End a job early; its results so far stay."""
     with _store(config) as store:
         job = store.cancel_job(job_id)

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from singlestream.cli import jobs, values
+from singlestream.cli.ending import named_errors
 from singlestream.cli.scale import scale
-from singlestream.errors import SinglestreamError
+from singlestream.cli.status import status, training
 
 app = typer.Typer(
     help="Asynchronous reinforcement learning for language models with Single-stream Policy Optimization.",
@@ -22,21 +23,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(values.app, name="values")
-app.command()(values.ledger)
-app.add_typer(jobs.app, name="jobs")
-app.command()(jobs.estimate)
-app.command(name="eval")(jobs.evaluate)
-app.command()(scale)
-
-sandbox = typer.Typer(help="The sandbox that runs model-written Python.", no_args_is_help=True)
-app.add_typer(sandbox, name="sandbox")
-
 ConfigOption = values.ConfigOption
 
 
 def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
-    """Run ``work``; Ctrl-C or SIGTERM cancels it, so that it stops its services cleanly. Exits 1 on a named error."""
+    """Run ``work``; Ctrl-C or SIGTERM cancels it, so that it stops its services cleanly."""
 
     async def main() -> None:
         task = asyncio.ensure_future(work)
@@ -46,47 +37,39 @@ def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
         await task
 
     try:
-        asyncio.run(main())
+        with named_errors():
+            asyncio.run(main())
     except asyncio.CancelledError:
         typer.echo("stopped", err=True)
         raise typer.Exit(130) from None
-    except BaseExceptionGroup as group:
-        known, unknown = group.split(SinglestreamError)
-        if unknown is not None or known is None:
-            raise
-        for error in _leaves(known):
-            typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except SinglestreamError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
-def _leaves(group: BaseExceptionGroup[SinglestreamError]) -> list[BaseException]:
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return leaves
-
-
-@app.command()
 def up(
     config: ConfigOption,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts to post: question, answer, source, environment, split.")
     ] = None,
-    paused: Annotated[bool, typer.Option(help="Leave training paused; PUT /v1/training starts it.")] = False,
+    paused: Annotated[
+        bool, typer.Option("--paused", help="Do not start training; `singlestream training running` does.")
+    ] = False,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Keep the services up after the last step, to look at values or evaluate.")
+    ] = False,
 ) -> None:
-    """Start an embedded Redis and all services on this machine, and train until done or Ctrl-C."""
+    """Start an embedded Redis and all services on this machine, and train until done or Ctrl-C.
+
+    The same command again goes on where the run stopped; to begin anew, delete runs/NAME.
+    """
     from singlestream.cli.up import up as work
 
-    run_until_signal(work(config, prompts, paused))
+    run_until_signal(work(config, prompts, paused, stay))
 
 
-@app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="tiny or smollm2; `make setup` or `make demo-smollm2` makes it.")] = "tiny",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps instead of the configuration's.")] = None,
+    model: Annotated[
+        Literal["tiny", "smollm2"], typer.Option(help="`make setup` makes the one, `make demo-smollm2` the other.")
+    ] = "tiny",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps instead of the configuration's.")] = None,
 ) -> None:
     """Train a small model with SPO on this machine, evaluate before and after, and write a report."""
     from singlestream.demo.run import demo as work
@@ -100,19 +83,16 @@ def _hand_over_to(module: str, *arguments: str) -> None:
     raise typer.Exit(reply.returncode)
 
 
-@sandbox.command()
 def check() -> None:
     """Run the canaries on this machine and say what it lacks; exit code 78 where it cannot isolate."""
     _hand_over_to("services.sandbox_gateway.check")
 
 
-@app.command()
 def export(config: ConfigOption, out: Annotated[Path, typer.Argument(help="Folder to make.")]) -> None:
     """Write the newest good checkpoint as a Hugging Face folder that transformers and vLLM load."""
     _hand_over_to("services.learner.export", "--config", str(config), str(out))
 
 
-@app.command()
 def replay(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/demo.")],
     json: Annotated[Path | None, typer.Option(help="Write everything to this file too.")] = None,
@@ -126,7 +106,6 @@ def replay(
     _hand_over_to("services.value_store.replay", *map(str, runs), *options)
 
 
-@app.command()
 def plan(
     parameters: Annotated[float, typer.Option(help="Parameters of the model, for example 8.2e9.")],
     gpus: Annotated[int, typer.Option(min=2, help="GPUs in all.")],
@@ -142,7 +121,7 @@ def plan(
     from singlestream.plan import describe
     from singlestream.plan import plan as propose
 
-    try:
+    with named_errors():
         proposal = propose(
             parameters,
             gpus,
@@ -154,10 +133,26 @@ def plan(
             learner_tokens_per_s,
             network_gbit_per_s=network_gbit_per_s,
         )
-    except SinglestreamError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     typer.echo(describe(proposal))
+
+
+sandbox = typer.Typer(help="The sandbox that runs model-written Python.", no_args_is_help=True)
+sandbox.command()(check)
+
+PANELS: dict[str, dict[str, Any]] = {
+    "Run": {"demo": demo, "up": up, "status": status, "training": training, "scale": scale},
+    "Look": {"values": values.app, "ledger": values.ledger},
+    "Measure": {"estimate": jobs.estimate, "eval": jobs.evaluate, "jobs": jobs.app},
+    "Before and after": {"plan": plan, "sandbox": sandbox, "export": export, "replay": replay},
+}
+"""Every command, as ``--help`` shows them."""
+
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=panel)
+        else:
+            app.command(name=name, rich_help_panel=panel)(command)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from singlestream.cli.ending import named_errors
 from singlestream.cli.values import ConfigOption
 
 REQUEST_TIMEOUT_S = 30.0
 
 
 def scale(
-    service: Annotated[str, typer.Argument(help="What to scale: rollout.")],
+    service: Annotated[Literal["rollout"], typer.Argument(help="What to scale.")],
     replicas: Annotated[int, typer.Argument(min=0, max=1024, help="Most replicas from now on.")],
     config: ConfigOption,
 ) -> None:
@@ -20,22 +21,16 @@ def scale(
     import httpx
 
     from singlestream.config import load_config
-    from singlestream.errors import SinglestreamError
+    from singlestream.errors import ServiceError
 
-    if service != "rollout":
-        typer.echo(f"error: only rollout can be scaled, not {service!r}", err=True)
-        raise typer.Exit(2)
-    try:
+    with named_errors(config):
         rollout = load_config(config).rollout
-    except SinglestreamError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    url = f"http://{rollout.host}:{rollout.port}/v1/scale"
-    headers = {} if rollout.token is None else {"Authorization": f"Bearer {rollout.token.get_secret_value()}"}
-    try:
-        reply = httpx.put(url, json={"replicas": replicas}, headers=headers, timeout=REQUEST_TIMEOUT_S)
-        reply.raise_for_status()
-    except httpx.HTTPError as error:
-        typer.echo(f"error: rollout: PUT {url}: {error}", err=True)
-        raise typer.Exit(1) from None
+        url = f"http://{rollout.host}:{rollout.port}/v1/scale"
+        headers = {} if rollout.token is None else {"Authorization": f"Bearer {rollout.token.get_secret_value()}"}
+        try:
+            reply = httpx.put(url, json={"replicas": replicas}, headers=headers, timeout=REQUEST_TIMEOUT_S)
+        except httpx.HTTPError as error:
+            raise ServiceError("rollout", f"PUT {url}", f"{type(error).__name__}: {error}") from error
+        if not reply.is_success:
+            raise ServiceError("rollout", f"PUT {url}", f"{reply.status_code} {reply.text[:500]}", reply.status_code)
     typer.echo(f"rollout: at most {replicas} replicas")

@@ -5,12 +5,15 @@ The value store's answers as tables, or as JSON for other programs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from singlestream.cli.ending import named_errors
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -31,14 +34,9 @@ def open_store(config: Path) -> Iterator[ValueStore]:
     """The run's value store; a named error ends the command with exit code 1."""
     from singlestream.cli.connect import store_of
     from singlestream.config import load_config
-    from singlestream.errors import SinglestreamError
 
-    try:
-        with store_of(load_config(config)) as store:
-            yield store
-    except SinglestreamError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with named_errors(config), store_of(load_config(config)) as store:
+        yield store
 
 
 def _json(models: BaseModel | list[BaseModel]) -> None:
@@ -65,6 +63,9 @@ def _show_prompts(title: str, prompts: list[PromptValue], as_json: bool) -> None
     if as_json:
         _json(list(prompts))
         return
+    if not prompts:
+        typer.echo("no prompts")
+        return
     rows = [
         [
             prompt.question if len(prompt.question) <= 48 else prompt.question[:47] + "…",
@@ -83,19 +84,28 @@ def _show_prompts(title: str, prompts: list[PromptValue], as_json: bool) -> None
 @app.command()
 def top(
     config: ConfigOption,
-    order: Annotated[str, typer.Option(help="value, weight, visits, n_eff or updated.")] = "weight",
-    ascending: Annotated[bool, typer.Option(help="Smallest first.")] = False,
+    order: Annotated[
+        Literal["value", "weight", "visits", "n_eff", "updated"],
+        typer.Option(help="v̂, the sampler's weight, leases counted, what they are worth now, or the last change."),
+    ] = "weight",
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="Only train prompts are drawn.")] = "train",
     limit: LimitOption = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Prompts in order, by default those the sampler is most likely to draw."""
     with open_store(config) as store:
-        page = store.list(order=order, descending=not ascending, limit=limit)
-    _show_prompts(f"by {order}", page.prompts, as_json)
+        page = store.list(order=order, descending=not ascending, split=split, limit=limit)
+    _show_prompts(f"{split} prompts by {order}", page.prompts, as_json)
 
 
 @app.command()
-def search(text: str, config: ConfigOption, limit: LimitOption = 20, as_json: JsonOption = False) -> None:
+def search(
+    text: Annotated[str, typer.Argument(help="Any part of the question; upper and lower case are alike.")],
+    config: ConfigOption,
+    limit: LimitOption = 20,
+    as_json: JsonOption = False,
+) -> None:
     """Prompts whose question contains a text."""
     with open_store(config) as store:
         page = store.list(q=text, limit=limit)
@@ -103,12 +113,18 @@ def search(text: str, config: ConfigOption, limit: LimitOption = 20, as_json: Js
 
 
 @app.command()
-def show(prompt_id: str, config: ConfigOption, limit: LimitOption = 20, as_json: JsonOption = False) -> None:
+def show(
+    prompt_id: Annotated[str, typer.Argument(help="16 hex digits; the last column of `values top`.")],
+    config: ConfigOption,
+    limit: LimitOption = 20,
+    as_json: JsonOption = False,
+) -> None:
     """One prompt: its posterior and its last updates, newest first."""
     with open_store(config) as store:
         prompt, history = store.get(prompt_id), store.history(prompt_id, limit)
     if as_json:
-        _json(prompt)
+        updates = [entry.model_dump(mode="json") for entry in history]
+        typer.echo(json.dumps({**prompt.model_dump(mode="json"), "updates": updates}, indent=2))
         return
     _show_prompts("posterior", [prompt], as_json)
     rows = [

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from singlestream.clients.value_store_replies import Job, Reply, Split
 from singlestream.contracts import Sampling
-from singlestream.errors import ServiceError
+from singlestream.errors import ConfigError, ServiceError
 
 Order = Literal["id", "value", "weight", "visits", "n_eff", "updated"]
 
@@ -40,7 +39,7 @@ class NewPrompt(BaseModel):
     source: str = "default"
     environment: str = "math_python"
     split: Split = "train"
-    prior_rewards: list[float] | None = None
+    prior_rewards: list[Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]] | None = None
 
 
 class JobResult(Reply):
@@ -116,11 +115,7 @@ def token_header(token: str | None) -> dict[str, str]:
 
 
 def upsert_requests(prompts: Sequence[NewPrompt]) -> Iterator[Request]:
-    """Requests of an upsert, in parts. Raises ValueError for a reward outside [0, 1]."""
-    for prompt in prompts:
-        for reward in prompt.prior_rewards or ():
-            if not math.isfinite(reward) or not 0.0 <= reward <= 1.0:
-                raise ValueError(f"prior_rewards of {prompt.question[:80]!r}: {reward} is not in [0, 1]")
+    """Requests of an upsert, in parts."""
     for start in range(0, len(prompts), PROMPTS_PER_REQUEST):
         part = prompts[start : start + PROMPTS_PER_REQUEST]
         yield Request("POST", "/v1/prompts", [prompt.model_dump() for prompt in part])
@@ -190,6 +185,13 @@ def export_request(format: Format, job: str | None) -> Request:
 
 
 def format_of(path: Path) -> Format:
-    """Format by a file's name: .parquet, .json (the recipe's offline values), else NDJSON."""
-    formats: dict[str, Format] = {".parquet": "parquet", ".json": "offline_values"}
-    return formats.get(path.suffix, "ndjson")
+    """Format by a file's name; .json is the recipe's offline values. Raises `ConfigError` for any other name."""
+    formats: dict[str, Format] = {
+        ".ndjson": "ndjson",
+        ".jsonl": "ndjson",
+        ".parquet": "parquet",
+        ".json": "offline_values",
+    }
+    if path.suffix not in formats:
+        raise ConfigError(f"{path}: the name must end in one of {', '.join(formats)}, which says the format")
+    return formats[path.suffix]

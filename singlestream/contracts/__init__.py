@@ -1,6 +1,7 @@
 """The messages that the services exchange, and their encoding."""
 
-from singlestream.contracts.envelope import decode, decode_all, decode_as, encode
+from singlestream.contracts.closing import Closing, decode_closing
+from singlestream.contracts.envelope import decode, decode_as, encode
 from singlestream.contracts.lease import Lease, Progress, Purpose, Sampling
 from singlestream.contracts.message import Message, group_of, lease_id, parse_lease_id
 from singlestream.contracts.policy_version import PolicyVersion, RemoteWeights, TensorEntry, WeightDelta, WeightManifest
@@ -8,6 +9,7 @@ from singlestream.contracts.posterior_update import Outcome, PosteriorUpdate
 from singlestream.contracts.trajectory import EndOfRun, EndReason, FailReason, Segment, Tombstone, ToolCall, Trajectory
 
 __all__ = [
+    "Closing",
     "EndOfRun",
     "EndReason",
     "FailReason",
@@ -28,8 +30,8 @@ __all__ = [
     "WeightDelta",
     "WeightManifest",
     "decode",
-    "decode_all",
     "decode_as",
+    "decode_closing",
     "encode",
     "group_of",
     "lease_id",

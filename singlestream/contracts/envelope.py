@@ -7,19 +7,17 @@ EndOfRun(reason='done')
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
 from typing import Any, TypeVar
 
 import msgpack
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from singlestream.contracts.lease import Lease
 from singlestream.contracts.message import Message
 from singlestream.contracts.policy_version import PolicyVersion
 from singlestream.contracts.posterior_update import PosteriorUpdate
 from singlestream.contracts.trajectory import EndOfRun, Tombstone, Trajectory
-from singlestream.errors import ContractError, InvalidMessage, UnknownMessage
+from singlestream.errors import InvalidMessage, UnknownMessage
 
 SCHEMA_VERSION = 1
 _ENVELOPE = {"v", "kind", "body"}
@@ -75,31 +73,6 @@ def decode(data: bytes) -> Message:
         return KINDS[kind].model_validate(body)
     except ValidationError as error:
         raise InvalidMessage(f"{kind}: {error}") from error
-
-
-@cache
-def _list_of(kind: str) -> TypeAdapter[list[Message]]:
-    return TypeAdapter(list[KINDS[kind]])  # type: ignore[valid-type]
-
-
-def decode_all(data: Sequence[bytes]) -> list[Message | ContractError]:
-    """`decode` of each, with its error in the place of one that cannot be read.
-
-    Messages of one kind without a fault among them are validated in one call, at a third of the cost.
-    """
-    try:
-        opened = [_open(one) for one in data]
-        [kind] = {kind for kind, _ in opened}
-        return [*_list_of(kind).validate_python([body for _, body in opened])]
-    except (ContractError, ValueError):  # a fault, or several kinds (pydantic's error is a ValueError)
-        return [_decoded_or_error(one) for one in data]
-
-
-def _decoded_or_error(data: bytes) -> Message | ContractError:
-    try:
-        return decode(data)
-    except ContractError as error:
-        return error
 
 
 def decode_as(expected: type[M], data: bytes) -> M:

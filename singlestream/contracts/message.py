@@ -17,6 +17,9 @@ The epoch is drawn at each start of the value store; n counts from 1 within purp
 Reward = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 """A finite number in [0, 1] (docs/design.md, I10)."""
 
+MAX_VERSION = 2**31 - 1
+"""Greatest policy version: the value store keeps 4 bytes of it a prompt."""
+
 
 class Message(BaseModel):
     """Base of the wire's messages."""

@@ -6,10 +6,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from singlestream.contracts.message import LeaseId, Message, Reward
+from singlestream.contracts.message import MAX_VERSION, LeaseId, Message, Reward
 
 Outcome = Literal["trained", "stale", "failed", "scored", "cancelled"]
-"""Every end a lease can come to (I1). ``trained`` and ``stale`` are evidence; the others are not."""
+"""Every end a lease can come to (I1)."""
+
+EVIDENCE: tuple[Outcome, ...] = ("trained", "stale")
+"""Ends that count in the posterior."""
 
 
 class PosteriorUpdate(Message):
@@ -26,14 +29,14 @@ class PosteriorUpdate(Message):
     outcome: Outcome
     reward: Reward | None = None
     """Required for ``trained`` and ``stale``; None otherwise."""
-    version: int | None = Field(default=None, ge=0)
+    version: int | None = Field(default=None, ge=0, le=MAX_VERSION)
     """Policy version of the trajectory's last generated segment: the coordinate of this evidence on the drift clock."""
     kl: float | None = Field(default=None, ge=0.0)
     """Mean |Δ log p| on the prompt's previous response, for ``kl`` retention; None where it was not measured."""
 
     @model_validator(mode="after")
     def _evidence(self) -> Self:
-        is_evidence = self.outcome in ("trained", "stale")
-        if is_evidence != (self.reward is not None and self.version is not None):
+        is_evidence = self.outcome in EVIDENCE
+        if {is_evidence} != {self.reward is not None, self.version is not None}:
             raise ValueError(f"outcome {self.outcome!r} {'needs' if is_evidence else 'takes no'} reward and version")
         return self

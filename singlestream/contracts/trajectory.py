@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from singlestream.contracts.arrays import FloatArray, IntArray
-from singlestream.contracts.message import LeaseId, Message, Reward
+from singlestream.contracts.message import MAX_VERSION, LeaseId, Message, Reward
 
 EndReason = Literal["stop", "length", "max_turns", "deadline"]
 """Why an episode ended: the model stopped, ran out of tokens, of turns, or of wall time."""
@@ -32,7 +32,7 @@ class Segment(Message):
     """[T] token ids, in order."""
     logprobs: FloatArray | None = None
     """[T] natural log-probabilities under the sampling distribution (temperature included); only for ``generated``."""
-    version: int | None = Field(default=None, ge=0)
+    version: int | None = Field(default=None, ge=0, le=MAX_VERSION)
     """Policy version that sampled every token of this segment; only for ``generated``."""
     lineage: int | None = Field(default=None, ge=0)
     """Which start of the learner made that version; only for ``generated``."""

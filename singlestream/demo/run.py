@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,11 +60,11 @@ async def demo(model: str, steps: int | None) -> None:
         steps: optimizer steps instead of the configuration's.
 
     Raises:
-        ConfigError: the model is unknown or was not made.
+        ConfigError: this is not the repository's folder, or the model was not made.
         DeadlineExceeded: a phase did not end in time.
     """
-    if model not in CONFIGS:
-        raise ConfigError(f"model {model!r}; known: {', '.join(CONFIGS)}")
+    if not CONFIGS[model].exists():
+        raise ConfigError(f"no {CONFIGS[model]} in {Path.cwd()}: run the demo in the repository's folder")
     with environment({} if steps is None else {"SINGLESTREAM_RUN__TOTAL_STEPS": str(steps)}):
         config = load_config(CONFIGS[model])
         prompts_path = config.run.model / "prompts.jsonl"
@@ -93,9 +92,7 @@ class Demo:
     async def run(self) -> None:
         """All phases, in order."""
         started = time.monotonic()
-        shutil.rmtree(self.config.run.dir, ignore_errors=True)
-        shutil.rmtree(self.config.run.weights_path, ignore_errors=True)
-        async with Supervisor(self.config, self.config_path, self._say) as supervisor, self.store:
+        async with Supervisor(self.config, self.config_path, self._say, fresh=True) as supervisor, self.store:
             self._say(f"services are up after {time.monotonic() - started:.0f} s; the page: {store_url(self.config)}/")
             summary, episodes = await supervisor.watch(self._phases(supervisor))
         summary["wall_s"] = time.monotonic() - started
@@ -199,3 +196,4 @@ class Demo:
             f"{summary['trajectories']} trajectories in {summary['steps']} steps, {summary['train_wall_s']:.0f} s of "
             f"training, {summary['wall_s']:.0f} s in all; report: {self.config.run.dir / 'report.html'}"
         )
+        self._say(f"to question it further: singlestream up --stay --config {self.config_path}")

@@ -11,7 +11,7 @@ from typing import TypeVar
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, OutOfMemoryError, ResponseError, TimeoutError
 
 from singlestream.errors import DeadlineExceeded
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOST = (ConnectionError, TimeoutError, BusyLoadingError, OSError)
-"""Errors after which the command's outcome is not known, or the server is not there."""
+LOST = (ConnectionError, TimeoutError, BusyLoadingError, OutOfMemoryError, OSError)
+"""Errors that pass: the command's outcome is not known, the server is not there, or its memory is full."""
 
 SOCKET_TIMEOUT_S = 30.0
 """A reply later than this counts as lost; blocking reads ask for less."""
@@ -40,7 +40,7 @@ def connect(url: str) -> Redis:
 async def persist(
     call: Callable[[], Awaitable[T]], what: str, deadline_s: float, on_retry: Callable[[Exception], None] | None = None
 ) -> T:
-    """Repeat an **idempotent** call while Redis is away, with backoff from 0.05 s to 2 s.
+    """Repeat an **idempotent** call while Redis is away or full, with backoff from 0.05 s to 2 s.
 
     Args:
         call: makes the awaitable anew for every attempt.
@@ -49,7 +49,7 @@ async def persist(
         on_retry: told of each failure, for logs and counters.
 
     Raises:
-        DeadlineExceeded: Redis was still away at the deadline.
+        DeadlineExceeded: Redis was still away or full at the deadline.
     """
     started, pause_s = time.monotonic(), 0.05
     while True:

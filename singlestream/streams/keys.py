@@ -83,7 +83,10 @@ class Keys:
 
     @property
     def draining(self) -> str:
-        """Hash: node → Unix time at which it was told to end; its replicas hand over. Gone when the node is."""
+        """Hash: node → Unix time at which it was told to end; its replicas hand over. Gone when the node is.
+
+        The hash expires, so that a mark which could not be taken away does not stay.
+        """
         return self._key("draining")
 
     @property
@@ -103,6 +106,11 @@ class Keys:
     def learner(self) -> str:
         """String: JSON {step, state, waiting_for, at_s}: the learner's heartbeat."""
         return self._key("learner")
+
+    @property
+    def rollout_paused(self) -> str:
+        """String, there while an operator has replicas take no leases. Written by the rollout service."""
+        return self._key("rollout_paused")
 
     def fence(self, service: str) -> str:
         """String: token of the one process that may write as that service (I12)."""

@@ -99,8 +99,10 @@ class LeaseConsumer:
                 if "BUSYGROUP" not in str(error):
                     raise
 
-    async def take(self, purposes: Sequence[Purpose], count: int, block_ms: int) -> list[Held]:
+    async def take(self, purposes: Sequence[Purpose], count: int, block_ms: int | None) -> list[Held]:
         """Take up to ``count`` new leases, those of the first purpose first; waits at most ``block_ms`` for one.
+
+        None does not wait at all; Redis ends the shortest wait after up to 100 ms.
 
         A waiting read may bring one of every purpose at once, so with a lower ``count`` it is not waited.
         Damaged leases go to the dead letters.
@@ -109,7 +111,7 @@ class LeaseConsumer:
         for purpose in purposes:
             if len(held) < count:
                 held += await self._read([purpose], count - len(held), block_ms=None)
-        if not held and count >= len(purposes):
+        if not held and block_ms is not None and count >= len(purposes):
             held = await self._read(purposes, 1, block_ms)
         return held
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import msgpack
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from singlestream.contracts import EndOfRun, Lease, Outcome, Purpose, Tombstone, encode
 from singlestream.errors import Fenced, UnknownOutcome
 from singlestream.streams.connection import LOST
 from singlestream.streams.keys import GROUP, Keys
-from singlestream.streams.ledger_scripts import CANCEL, COMMIT, END_TRAINING, ISSUE, TAKE_OVER
+from singlestream.streams.ledger_scripts import CANCEL, COMMIT, END_TRAINING, ISSUE, TAKE_OVER, TIDY
 
 PURPOSES: tuple[Purpose, ...] = ("train", "estimate", "evaluate")
 OUTCOMES: tuple[Outcome, ...] = ("trained", "stale", "failed", "scored", "cancelled")
@@ -86,12 +86,13 @@ class Change:
         stream: key of the stream that is applied; None for a change that no stream asked for.
         before: its cursor as the store remembers it; the change happens only if Redis agrees.
         after: its new cursor; older entries are trimmed.
-        closes: (lease, outcome) of leases that must be outstanding.
+        closes: (purpose, outcome) → leases that must be outstanding.
         values: prompt id → packed posterior.
         prompts: prompt id → packed prompt.
         history: (prompt id, record), oldest first.
         jobs: job id → packed job.
         job_results: job id → {item: packed result}.
+        dropped_jobs: job ids that are forgotten, with their results.
         dead_letters: (source, lease, reason, message).
         duplicates: entries that named no outstanding lease.
         state: what training does from now on; None leaves it.
@@ -103,12 +104,13 @@ class Change:
     stream: str | None = None
     before: str = "0-0"
     after: str = "0-0"
-    closes: list[tuple[str, Outcome]] = field(default_factory=list)
+    closes: dict[tuple[Purpose, Outcome], list[str]] = field(default_factory=lambda: defaultdict(list))
     values: dict[str, bytes] = field(default_factory=dict)
     prompts: dict[str, bytes] = field(default_factory=dict)
     history: list[tuple[str, bytes]] = field(default_factory=list)
     jobs: dict[str, bytes] = field(default_factory=dict)
     job_results: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    dropped_jobs: list[str] = field(default_factory=list)
     dead_letters: list[tuple[str, str, str, bytes]] = field(default_factory=list)
     duplicates: int = 0
     state: str | None = None
@@ -116,10 +118,13 @@ class Change:
     anchors: list[tuple[str, str]] = field(default_factory=list)
     pin: str | None = None
 
+    def close(self, lease: str, outcome: Outcome) -> None:
+        """Add one lease to ``closes``."""
+        self.closes[lease.split(":", 1)[0], outcome].append(lease)  # type: ignore[index]
+
 
 def _lease_and_message(fields: Sequence[bytes]) -> tuple[bytes, bytes]:
-    if len(fields) == 4 and fields[0] == b"id" and fields[2] == b"m":
-        return fields[1], fields[3]
+    """Lease number and message of an entry that may have been written by hand."""
     known = dict(zip(fields[::2], fields[1::2], strict=True))
     return known.get(b"id", b""), known.get(b"m", b"")
 
@@ -140,17 +145,18 @@ class ValueStoreStreams:
     async def take_over(self) -> str:
         """Become the one writer, with a new epoch (8 hex digits), which it returns.
 
-        The first call takes the fence from anyone; later calls only from this process's own epochs, so a store that
-        was replaced while its connection was down learns it here.
+        Until a call has succeeded, the fence is taken from anyone; later only from this process's own epochs, so a
+        store that was replaced while its connection was down learns it here.
 
         Raises:
             Fenced: another store has taken over since.
         """
         epoch = secrets.token_hex(4)
-        mine, self._epochs = list(self._epochs), [*self._epochs, epoch]
-        for text in (TAKE_OVER, ISSUE, COMMIT, CANCEL, END_TRAINING):
+        mine = self._epochs if self.epoch else []
+        self._epochs = [*self._epochs, epoch]
+        for text in (ISSUE, COMMIT, CANCEL, END_TRAINING, TIDY):
             self._shas[text] = await self.redis.script_load(text)
-        taken = await self.redis.evalsha(self._shas[TAKE_OVER], 1, self.keys.fence("value_store"), epoch, *mine)
+        taken = await self.redis.eval(TAKE_OVER, 1, self.keys.fence("value_store"), epoch, *mine)
         if taken is None:
             raise self._fenced()
         self.epoch = epoch
@@ -172,9 +178,7 @@ class ValueStoreStreams:
         except NoScriptError as error:
             raise UnknownOutcome("Redis has restarted since this store read it") from error
         except LOST as error:
-            raise UnknownOutcome(f"the reply of a write was lost ({error})") from error
-        except OutOfMemoryError as error:
-            raise UnknownOutcome(f"Redis is full ({error})") from error
+            raise UnknownOutcome(f"a write was refused, or its reply was lost ({error})") from error
         if reply is None:
             raise self._fenced()
         return reply
@@ -202,14 +206,14 @@ class ValueStoreStreams:
         Raises `UnknownOutcome` also where Redis differs from what the change was computed from.
         """
         closes: dict[str, list[str]] = defaultdict(list)
-        counts: dict[str, int] = defaultdict(int)
-        outstanding = {purpose: self.keys.outstanding(purpose) for purpose in PURPOSES}
-        for lease, outcome in change.closes:
-            purpose = lease[: lease.index(":")]
-            closes[outstanding[purpose]].append(lease)  # type: ignore[index]
-            counts[f"{purpose}:{outcome}"] += 1
+        counts = {f"{purpose}:{outcome}": len(leases) for (purpose, outcome), leases in change.closes.items()}
+        for (purpose, _), leases in change.closes.items():
+            closes[self.keys.outstanding(purpose)] += leases
         if change.duplicates:
             counts["duplicates"] = change.duplicates
+        if change.dropped_jobs:
+            counts["jobs_dropped"] = len(change.dropped_jobs)
+        histories = self.keys.history("")
         strings = {
             self.keys.state: change.state,
             self.keys.calibration: change.calibration,
@@ -221,19 +225,21 @@ class ValueStoreStreams:
             self.keys.jobs: change.jobs,
             **{self.keys.job_results(job): results for job, results in change.job_results.items()},
         }
-        histories = self.keys.history("")
         wire = {
             "stream": change.stream or False,
             "before": change.before,
             "after": change.after,
             "closes": closes,
             "hashes": {key: [*chain.from_iterable(items.items())] for key, items in hashes.items() if items},
+            "dropped_jobs": change.dropped_jobs,
+            "jobs": self.keys.jobs,
+            "job_results": self.keys.job_results(""),
             "history": [x for prompt, record in change.history for x in (histories + prompt, record)],
             "history_entries": history_entries,
             "counts": counts,
             "strings": {key: text for key, text in strings.items() if text is not None},
             "dead_letters": change.dead_letters,
-            "anchors": [name for pair in change.anchors for name in pair],
+            "anchors": [*chain.from_iterable(change.anchors)],
         }
         packed = msgpack.packb(wire, use_bin_type=False)  # Lua's strings are bytes
         anchors = [self.keys.anchor_of, self.keys.anchors, self.keys.anchor_ages, self.keys.anchor_counts]
@@ -242,6 +248,20 @@ class ValueStoreStreams:
         )
         if reply != 1:
             raise UnknownOutcome(f"{reply.decode()} in Redis differs from this store's memory")
+
+    async def tidy(self, dead_letters_kept: int, idle_s: float) -> tuple[int, int]:
+        """Drop the oldest dead letters beyond a bound, which is counted, and consumers that hold nothing any more.
+
+        Args:
+            dead_letters_kept: the bound.
+            idle_s: consumers that have been silent for longer go.
+
+        Returns:
+            (dead letters, consumers) dropped.
+        """
+        keys = [self.keys.ledger, self.keys.dead_letters, *map(self.keys.leases, PURPOSES)]
+        letters, consumers = await self._write(TIDY, keys, [str(dead_letters_kept), GROUP, str(int(idle_s * 1000))])
+        return int(letters), int(consumers)
 
     async def unread(self, purpose: Purpose) -> list[tuple[str, str]]:
         """(lease, entry) of leases that no replica has been given yet."""
@@ -295,7 +315,12 @@ class ValueStoreStreams:
         if not reply:
             return []
         [(_, entries)] = reply.items() if isinstance(reply, dict) else reply  # RESP 3 and 2
-        return [(entry.decode(), *_lease_and_message(fields)) for entry, fields in entries]
+        return [
+            (entry.decode(), fields[1], fields[3])
+            if fields[::2] == [b"id", b"m"]
+            else (entry.decode(), *_lease_and_message(fields))
+            for entry, fields in entries
+        ]
 
     async def scan(self, key: str) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """All fields of a hash in batches, without holding Redis up for long.

@@ -53,6 +53,8 @@ end
 for key, pairs_ in pairs(change.hashes) do
   chunks(pairs_, function(...) redis.call('HSET', key, ...) end)
 end
+chunks(change.dropped_jobs, function(...) redis.call('HDEL', change.jobs, ...) end)
+for _, job in ipairs(change.dropped_jobs) do redis.call('UNLINK', change.job_results .. job) end
 for i = 1, #change.history, 2 do
   if redis.call('LPUSH', change.history[i], change.history[i + 1]) > change.history_entries then
     redis.call('LTRIM', change.history[i], 0, change.history_entries - 1)
@@ -110,4 +112,24 @@ end
 redis.call('XADD', KEYS[4], '*', 'id', '', 'm', ARGV[2])
 redis.call('SET', KEYS[5], ARGV[4])
 return 1
+"""
+
+TIDY = """
+-- KEYS: fence, ledger, dead_letters, leases...   ARGV: token, dead letters kept, group, idle ms
+-- returns the numbers of dead letters and of consumers dropped; a consumer with pending entries stays, they go with it
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
+local letters = redis.call('XTRIM', KEYS[3], 'MAXLEN', ARGV[2])  -- by length: nothing follows this stream by a cursor
+if letters > 0 then redis.call('HINCRBY', KEYS[2], 'dead_letters_dropped', letters) end
+local consumers = 0
+for i = 4, #KEYS do
+  for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[i], ARGV[3])) do
+    local about = {}
+    for j = 1, #consumer, 2 do about[consumer[j]] = consumer[j + 1] end
+    if about['pending'] == 0 and about['idle'] > tonumber(ARGV[4]) then
+      redis.call('XGROUP', 'DELCONSUMER', KEYS[i], ARGV[3], about['name'])
+      consumers = consumers + 1
+    end
+  end
+end
+return {letters, consumers}
 """

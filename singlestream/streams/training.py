@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from redis.asyncio import Redis
 
 from singlestream.contracts import PolicyVersion, PosteriorUpdate, decode_as, encode
-from singlestream.errors import Fenced
+from singlestream.errors import CheckpointError, Fenced
 from singlestream.streams.anchors import PUT_ANCHORS, read_anchors
 from singlestream.streams.keys import Keys
 
@@ -107,16 +107,30 @@ class LearnerStreams:
         if reply is None:
             raise Fenced(f"another learner has taken over run {self.keys.run!r}; this one stops")
 
-    async def read(self, after: str, count: int, block_ms: int) -> list[tuple[str, bytes, bytes]]:
+    async def read(self, after: str, count: int, block_ms: int | None) -> list[tuple[str, bytes, bytes]]:
         """Entries of the trajectory stream after the cursor, as (entry, lease number, encoded message).
 
-        Waits for the first.
+        Waits ``block_ms`` for the first. None does not wait at all; Redis ends the shortest wait after up to 100 ms.
 
         No group and no pending list takes part, so what is read depends on the cursor and the stream alone.
         """
         reply = await self.redis.xread({self.keys.trajectories: after}, count=count, block=block_ms)
         entries = reply[0][1] if reply else []
         return [(entry.decode(), fields.get(b"id", b""), fields.get(b"m", b"")) for entry, fields in entries]
+
+    async def check_kept(self, cursor: str) -> None:
+        """Raise `CheckpointError` where entries behind a resumed checkpoint's cursor are gone.
+
+        The entry at the cursor of the oldest checkpoint kept stays, so only an older checkpoint, or Redis' data of
+        another time, has none at its cursor or before.
+        """
+        first = await self.redis.xrange(self.keys.trajectories, count=1)
+        if cursor != "0-0" and not (first and _place(first[0][0].decode()) <= _place(cursor)):
+            found = f"begins at {first[0][0].decode()}" if first else "is empty"
+            raise CheckpointError(
+                f"the checkpoint ends at entry {cursor} of {self.keys.trajectories}, which {found}: what it would "
+                "train next has been trimmed. Resume from a newer checkpoint, or start a run of another name"
+            )
 
     async def publish(self, version: PolicyVersion) -> None:
         """Announce a version. Its z is written once: the first publication of a version wins."""
@@ -166,6 +180,11 @@ class LearnerStreams:
                 stays.
         """
         await self._fenced("resume_from", [self.keys.resume, self.keys.trajectories], [checkpoint, oldest_needed])
+
+
+def _place(entry: str) -> tuple[int, int]:
+    milliseconds, _, number = entry.partition("-")
+    return int(milliseconds), int(number)
 
 
 async def newest_version(redis: Redis, keys: Keys) -> PolicyVersion | None:

@@ -21,14 +21,16 @@ from singlestream.errors import DeadlineExceeded, ServiceError
 
 log = logging.getLogger(__name__)
 
-EX_CONFIG = 78
-"""A service exits with this when starting it again cannot help; the reason stands in its log."""
+HOPELESS = (2, 78)
+"""Exit codes of a wrong setting and of an unfit machine: starting again cannot help; the reason is in the log."""
 STABLE_S = 60.0
 """A child that ran so long starts its next backoff from the beginning."""
 MAX_RESTARTS = 8
 """Deaths in a row before the run is given up: backoff reaches 30 s, so this is about two minutes."""
 STOP_S = 40.0
 """Time to finish cleanly after SIGTERM; a replica hands its episodes over, the learner writes a checkpoint."""
+SAY_AFTER_S = 5.0
+"""A start that takes longer says what it waits for."""
 PR_SET_PDEATHSIG = 1
 
 _libc = ctypes.CDLL(None)
@@ -79,7 +81,7 @@ class Child:
         """Start, and start again whenever it dies. Returns when stopped or complete.
 
         Raises:
-            ServiceError: it cannot work on this machine (exit code 78), or it died too often in a row.
+            ServiceError: starting it again cannot help (`HOPELESS`), or it died too often in a row.
         """
         deaths = 0
         while not self._stopping.is_set():
@@ -91,7 +93,7 @@ class Child:
                 self.completed = True
                 return
             deaths = 1 if time.monotonic() - started > STABLE_S else deaths + 1
-            if code == EX_CONFIG or deaths > MAX_RESTARTS:
+            if code in HOPELESS or deaths > MAX_RESTARTS:
                 raise ServiceError(self.spec.name, "exit code " + str(code), self.last_lines())
             pause_s = min(0.1 * 4 ** (deaths - 1), 30.0)
             log.warning("%s ended with code %s; starting it again in %.1f s", self.spec.name, code, pause_s)
@@ -143,7 +145,7 @@ class Child:
             return
 
     async def wait_ready(self, say: Callable[[str], None]) -> None:
-        """Wait until the service is ready, saying every change of what it waits for.
+        """Wait until the service is ready; after `SAY_AFTER_S` say every change of what it waits for.
 
         Raises:
             DeadlineExceeded: it was not ready within its deadline; names the last thing it waited for.
@@ -152,7 +154,7 @@ class Child:
         while (waiting_for := await self.spec.ready()) is not None:
             if self._stopping.is_set() or self.completed:
                 return
-            if waiting_for != last:
+            if waiting_for != last and time.monotonic() - started > SAY_AFTER_S:
                 say(f"{self.spec.name}: waiting for {waiting_for}")
                 last = waiting_for
             if time.monotonic() - started > self.spec.ready_s:

@@ -36,7 +36,8 @@ def http_ready(listening: Listening) -> Callable[[], Awaitable[str | None]]:
             return None
         try:
             body = reply.json()
-            return str(body.get("waiting_for") or body.get("detail") or f"{url} to answer 200")
+            said = str(body.get("waiting_for") or body.get("detail") or f"{url} to answer 200")
+            return said.removeprefix("the value store waits for ")
         except ValueError:
             return f"{url} to answer 200 (it says {reply.status_code})"
 
@@ -66,16 +67,29 @@ def learner_ready(redis: Redis, keys: Keys) -> Callable[[], Awaitable[str | None
         except LOST as error:
             return f"Redis ({type(error).__name__})"
         heartbeat = json.loads(text) if text else None
-        if heartbeat is None or time.time() - heartbeat["at_s"] > HEARTBEAT_S:
+        if heartbeat is None:
             return "its first heartbeat"
+        if (age_s := time.time() - heartbeat["at_s"]) > HEARTBEAT_S:
+            return f"a heartbeat; the last one came {age_s:.0f} s ago"
         return None if published else "its first policy version"
 
     return ready
 
 
+def checks(config: Config, redis: Redis) -> dict[str, Callable[[], Awaitable[str | None]]]:
+    """What tells of each service whether it is ready: None, or what it waits for."""
+    return {
+        "redis": redis_ready(redis),
+        "sandbox_gateway": http_ready(config.sandbox_gateway),
+        "value_store": http_ready(config.value_store),
+        "rollout": http_ready(config.rollout),
+        "learner": learner_ready(redis, Keys(config.run.name)),
+    }
+
+
 def specs(config: Config, config_path: Path, server: EmbeddedRedis, redis: Redis) -> list[list[Spec]]:
     """The services in starting order; those of one inner list start together."""
-    keys = Keys(config.run.name)
+    ready = checks(config, redis)
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
     env = {
         "SINGLESTREAM_CONFIG": str(config_path.resolve()),
@@ -86,17 +100,11 @@ def specs(config: Config, config_path: Path, server: EmbeddedRedis, redis: Redis
         "PYTHONUNBUFFERED": "1",
     }
 
-    def service(name: str, ready: Callable[[], Awaitable[str | None]], **changes: Any) -> Spec:
-        return Spec(name, [sys.executable, "-m", f"services.{name}"], ready, env, **changes)
+    def service(name: str, **changes: Any) -> Spec:
+        return Spec(name, [sys.executable, "-m", f"services.{name}"], ready[name], env, **changes)
 
     return [
-        [Spec("redis", server.command(), redis_ready(redis))],
-        [
-            service("sandbox_gateway", http_ready(config.sandbox_gateway)),
-            service("value_store", http_ready(config.value_store)),
-        ],
-        [
-            service("rollout", http_ready(config.rollout), ready_s=600.0),
-            service("learner", learner_ready(redis, keys), ready_s=300.0, completes=True),
-        ],
+        [Spec("redis", server.command(), ready["redis"])],
+        [service("sandbox_gateway"), service("value_store")],
+        [service("rollout", ready_s=600.0), service("learner", ready_s=300.0, completes=True)],
     ]

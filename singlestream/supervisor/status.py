@@ -43,7 +43,7 @@ async def read_queues(redis: Redis, keys: Keys) -> Queues | None:
             if await redis.exists(stream):
                 held = next((g["pending"] for g in await redis.xinfo_groups(stream) if g["name"].decode() == GROUP), 0)
             running += held
-            unread += await redis.xlen(stream) - held
+            unread += max(0, await redis.xlen(stream) - held)  # entries end between the two reads
         outstanding = await redis.hlen(keys.outstanding("train"))
         return Queues(unread, running, outstanding, await redis.xlen(keys.dead_letters))
     except LOST:

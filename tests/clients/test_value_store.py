@@ -145,7 +145,7 @@ def test_a_reply_that_is_not_known_is_an_error() -> None:
 
 def test_bad_arguments_never_reach_the_wire() -> None:
     with ValueStore("http://127.0.0.1:9") as store:
-        with pytest.raises(ValueError, match=r"1\.5 is not in \[0, 1\]"):
+        with pytest.raises(ValueError, match="prior_rewards"):
             store.upsert([NewPrompt(question="q", answer="a", prior_rewards=[1.5])])
         with pytest.raises(ValueError, match="either ids or texts"):
             store.values()

@@ -165,6 +165,7 @@ def test_each_machine_of_several_runs_its_part(nodes: dict[str, dict[str, Any]])
         ("SINGLESTREAM_LEARNER__WEIGHTS_URL", "http://10.0.0.2:8103"),
         ("SINGLESTREAM_RUN__WEIGHTS_TOKEN_FILE", "/run/secrets/weights_token"),
     }
+    assert "--rdzv-conf=is_host=1" in nodes["learner"]["services"]["learner"]["command"]
     store = nodes["head"]["services"]["value_store"]["environment"]
     assert store["SINGLESTREAM_VALUE_STORE__HOST"] in LOOPBACK
 

@@ -49,6 +49,25 @@ def pod_templates() -> dict[str, dict[str, Any]]:
 
 PODS = pod_templates()
 
+KUBERAY_FIELDS = {
+    "spec": "serveConfigV2 rayClusterConfig serveService",
+    "rayClusterConfig": "rayVersion enableInTreeAutoscaling authOptions headGroupSpec workerGroupSpecs suspend",
+    "authOptions": "mode secretName",
+    "headGroupSpec": "serviceType headService enableIngress rayStartParams template",
+    "workerGroupSpecs": "groupName replicas minReplicas maxReplicas numOfHosts rayStartParams template scaleStrategy",
+}
+"""Fields of a RayService, by KubeRay's API reference; a ``template`` is Kubernetes' own."""
+
+
+def unknown_fields(value: Any, where: str) -> set[str]:
+    """Fields of a RayService's part, and of the parts in it, that KubeRay does not know."""
+    if isinstance(value, list):
+        return {name for one in value for name in unknown_fields(one, where)}
+    found = {f"{where}.{name}" for name in value} - {f"{where}.{name}" for name in KUBERAY_FIELDS[where].split()}
+    for name in KUBERAY_FIELDS.keys() & value.keys():
+        found |= unknown_fields(value[name], name)
+    return found
+
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_manifests_follow_the_schemas(path: Any) -> None:
@@ -60,9 +79,15 @@ def test_manifests_follow_the_schemas(path: Any) -> None:
 
 @pytest.mark.parametrize("name", ["ray-head", "replicas"])
 def test_pods_of_the_rayservice_follow_the_schemas(name: str) -> None:
-    """KubeRay's own schema is not Kubernetes'; its pods' is."""
     template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": PODS[name]}
     kubernetes_validate.validate(template, VERSION, strict=True)
+
+
+def test_the_rayservice_has_the_fields_that_kuberay_knows() -> None:
+    spec = find("RayService", "rollout")["spec"]
+    assert not unknown_fields(spec, "spec")
+    spec["rayClusterConfig"]["workerGroupSpecs"][0]["replica"] = 1
+    assert unknown_fields(spec, "spec") == {"workerGroupSpecs.replica"}
 
 
 def test_a_wrong_field_is_found() -> None:
@@ -89,11 +114,19 @@ def test_every_pod_is_confined() -> None:
             assert gpus[0] == gpus[1], name
 
 
+def test_the_namespace_admits_the_sandbox() -> None:
+    """Pod security's "baseline" refuses pods without AppArmor's default profile."""
+    assert PODS["sandbox-gateway"]["spec"]["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
+    labels = find("Namespace", "singlestream")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
+
+
 def test_pods_are_probed() -> None:
     for name, template in PODS.items():
         (container,) = template["spec"]["containers"]
-        if name != "ray-head":  # KubeRay's own probes
-            assert "livenessProbe" in container, name
+        assert "livenessProbe" in container, name
+        # Every pod but the learner's: KubeRay's own probes call wget, which the images lack.
+        assert "readinessProbe" in container or name == "learner", name
         assert template["spec"]["terminationGracePeriodSeconds"] >= 30, name
 
 

@@ -51,7 +51,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         "VALUE_STORE__PORT": str(store),
         "SANDBOX_GATEWAY__PORT": str(sandbox),
         "SANDBOX_GATEWAY__SLOTS": "2",
-        "ROLLOUT__SANDBOX_URL": f"http://127.0.0.1:{sandbox}",
         "ROLLOUT__PORT": str(rollout),
         "LEARNER__METRICS_PORT": str(metrics),
         "LEARNER__CHECKPOINT_EVERY": "3",

@@ -26,7 +26,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "SINGLESTREAM_RUN__RUNS_DIR": str(runs),
         "SINGLESTREAM_VALUE_STORE__PORT": str(store),
         "SINGLESTREAM_SANDBOX_GATEWAY__PORT": str(sandbox),
-        "SINGLESTREAM_ROLLOUT__SANDBOX_URL": f"http://127.0.0.1:{sandbox}",
         "SINGLESTREAM_ROLLOUT__PORT": str(rollout),
         "SINGLESTREAM_LEARNER__METRICS_PORT": str(metrics),
     }

@@ -31,6 +31,11 @@ async def messages(redis: Redis, stream: str) -> list[object]:
     return [decode(fields[b"m"]) for _, fields in await redis.xrange(stream)]
 
 
+async def pending(redis: Redis, keys: Keys) -> int:
+    """Leases that count as held; the store leases less for each."""
+    return int((await redis.xpending(keys.leases("train"), GROUP))["pending"])
+
+
 async def test_emit_ends_a_lease_once(redis: Redis, keys: Keys) -> None:
     await issue(redis, keys)
     a = await consumer(redis, keys, "a")
@@ -41,7 +46,7 @@ async def test_emit_ends_a_lease_once(redis: Redis, keys: Keys) -> None:
     assert not await a.hand_over(held, None, count_attempt=False)
     [kept] = await messages(redis, keys.trajectories)
     assert isinstance(kept, Trajectory)
-    assert await redis.xlen(keys.leases("train")) == 0
+    assert await redis.xlen(keys.leases("train")) == await pending(redis, keys) == 0
     assert await redis.hlen(keys.live) == 0
     assert await redis.xlen(keys.dead_letters) == 0
 
@@ -115,6 +120,18 @@ async def test_a_dead_lease_behind_many_living_ones_is_claimed(redis: Redis, key
     assert await b.claim_dead(timeout_s=600.0, max_attempts=3) == 1
 
 
+async def test_a_claimed_lease_is_lost_before_it_is_put_back(redis: Redis, keys: Keys) -> None:
+    """The claimer may die between the two; its claim must not go back to the holder it found silent."""
+    entry = await issue(redis, keys)
+    a = await consumer(redis, keys, "a")
+    held = await a.take(["train"], 1, block_ms=None)
+    assert await a.heartbeat(held) == []
+    await redis.xclaim(keys.leases("train"), GROUP, "b", 0, [entry])
+    assert await a.heartbeat(held) == ["train:5f3a9c01:17"]
+    [owned] = await redis.xpending_range(keys.leases("train"), GROUP, "-", "+", 10)
+    assert owned["consumer"] == b"b"
+
+
 async def test_a_lease_out_of_attempts_fails(redis: Redis, keys: Keys) -> None:
     await issue(redis, keys)
     a = await consumer(redis, keys, "a")
@@ -174,7 +191,7 @@ class Rivals:
         if action == "claim":
             await one.claim_dead(timeout_s=0.0, max_attempts=10)
         elif action == "take":
-            self.held[name] = next(iter(await one.take(["train"], 1, block_ms=1)), None)
+            self.held[name] = next(iter(await one.take(["train"], 1, block_ms=None)), None)
         elif held is not None and action == "heartbeat":
             entry = await self.redis.hget(self.keys.live, held.lease.lease_id)
             assert bool(await one.heartbeat([held])) == (entry is None or entry.decode() != held.entry)
@@ -189,7 +206,7 @@ class Rivals:
         """Whoever is left takes what is left; the lease must have ended exactly once, by whichever hand."""
         last = await consumer(self.redis, self.keys, "c")
         await last.claim_dead(timeout_s=0.0, max_attempts=10)
-        for held in await last.take(["train"], 4, block_ms=1):
+        for held in await last.take(["train"], 4, block_ms=None):
             self.ends += await last.emit(held, trajectory())
         assert self.ends == 1
         ended = await messages(self.redis, self.keys.trajectories)
@@ -198,6 +215,7 @@ class Rivals:
         assert await self.redis.xlen(self.keys.dead_letters) == len(failed)
         assert await self.redis.xlen(self.keys.posterior_updates) == len(failed)
         assert await self.redis.hlen(self.keys.live) == await self.redis.xlen(self.keys.leases("train")) == 0
+        assert await pending(self.redis, self.keys) == 0
 
 
 @pytest.mark.parametrize("others", SUCCESSORS)

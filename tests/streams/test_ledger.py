@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from singlestream.contracts import Purpose, Tombstone, decode
 from singlestream.contracts.trajectory import EndOfRun
 from singlestream.errors import Fenced, UnknownOutcome
-from singlestream.streams import GROUP, Keys
+from singlestream.streams import GROUP, LOST, Keys, connect
 from singlestream.streams.ledger import Change, ValueStoreStreams, prompt_id, read_ledger
 from tests.contracts.messages import lease
 
@@ -60,7 +60,7 @@ async def test_commit_applies_the_whole_change(redis: Redis, keys: Keys) -> None
     change = Change(
         stream=keys.posterior_updates,
         after=entry,
-        closes=[(a, "trained"), (b, "failed")],
+        closes={("train", "trained"): [a], ("train", "failed"): [b]},
         values={"p": b"\x00\xff value"},
         prompts={"p": b"text"},
         history=[("p", bytes([i])) for i in range(5)],
@@ -92,10 +92,10 @@ async def test_commit_applies_the_whole_change(redis: Redis, keys: Keys) -> None
 async def test_a_change_from_a_wrong_memory_does_not_happen(redis: Redis, keys: Keys) -> None:
     streams = await owner(redis, keys)
     [a, b] = await issue(streams, 2)
-    await streams.commit(Change(closes=[(a, "trained")]), 8)
+    await streams.commit(Change(closes={("train", "trained"): [a]}), 8)
     before = await dump(redis, keys)
     with pytest.raises(UnknownOutcome, match="outstanding:train in Redis differs"):
-        await streams.commit(Change(closes=[(b, "trained"), (a, "trained")], values={"p": b"v"}), 8)
+        await streams.commit(Change(closes={("train", "trained"): [b, a]}, values={"p": b"v"}), 8)
     with pytest.raises(UnknownOutcome, match="the cursor of"):
         stale = Change(stream=keys.posterior_updates, before="5-5", after="6-6", values={"p": b"v"})
         await streams.commit(stale, 8)
@@ -106,7 +106,7 @@ async def test_a_large_change_fits_one_script(redis: Redis, keys: Keys) -> None:
     streams = await owner(redis, keys)
     numbers = await issue(streams, 9000)
     values = {f"{i:016x}": bytes(41) for i in range(9000)}
-    await streams.commit(Change(closes=[(number, "trained") for number in numbers], values=values), 8)
+    await streams.commit(Change(closes={("train", "trained"): numbers}, values=values), 8)
     assert await redis.hlen(keys.values) == 9000
     assert (await read_ledger(redis, keys))["train"].outstanding == 0
 
@@ -121,9 +121,10 @@ async def test_a_fenced_store_writes_nothing(redis: Redis, keys: Keys) -> None:
     stone = Tombstone(lease_id=a, prompt_id="p", reason="cancelled", detail="", attempts=0)
     for write in (
         lambda: issue(old, 1),
-        lambda: old.commit(Change(closes=[(a, "trained")]), 8),
+        lambda: old.commit(Change(closes={("train", "trained"): [a]}), 8),
         lambda: old.cancel("train", [(*unread[0], stone)]),
         lambda: old.end_training("x", "stopping", "stopped"),
+        lambda: old.tidy(0, 0.0),
         old.take_over,
     ):
         with pytest.raises(Fenced):
@@ -140,6 +141,20 @@ async def test_a_store_may_replace_its_own_epoch_and_a_lost_fence(redis: Redis, 
     await redis.delete(keys.fence("value_store"))
     await streams.take_over()
     assert (await redis.get(keys.fence("value_store"))).decode() == streams.epoch
+
+
+async def test_a_store_that_starts_before_redis_does_takes_over_all_the_same(redis: Redis, keys: Keys) -> None:
+    """After a reboot of the machine, say: the fence is its predecessor's, and its own first calls fail."""
+    await owner(redis, keys)
+    away = connect("unix:///nowhere/redis.sock")
+    streams = ValueStoreStreams(away, keys)
+    for _ in range(2):
+        with pytest.raises(LOST):
+            await streams.take_over()
+    streams.redis = redis
+    await streams.take_over()
+    await issue(streams, 1)
+    await away.aclose()
 
 
 async def test_a_restart_of_redis_is_an_unknown_outcome(redis: Redis, keys: Keys) -> None:

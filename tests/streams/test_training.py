@@ -45,10 +45,13 @@ async def test_a_zombie_learner_writes_nothing(redis: Redis, keys: Keys) -> None
         lambda: zombie.send_updates([update]),
         lambda: zombie.resume_from("step-1", "0-0"),
         lambda: zombie.dead_letter("", b"", "x"),
+        lambda: zombie.put_anchors([(update.lease_id, b"x")], 0),
+        lambda: zombie.heartbeat("{}"),
     ):
         with pytest.raises(Fenced, match="taken over"):
             await write()
-    for key in (keys.policy_versions, keys.posterior_updates, keys.clock, keys.resume, keys.dead_letters):
+    written = (keys.policy_versions, keys.posterior_updates, keys.clock, keys.resume, keys.dead_letters)
+    for key in (*written, keys.anchor_counts, keys.learner):
         assert not await redis.exists(key)
 
 
@@ -82,3 +85,22 @@ async def test_a_missing_redis_is_named_at_the_deadline(tmp_path: object) -> Non
     with pytest.raises(DeadlineExceeded, match="Redis, for a test"):
         await persist(lambda: client.ping(), "a test", deadline_s=0.2)
     await client.aclose()
+
+
+async def test_a_full_redis_is_waited_for_like_one_that_is_away(redis: Redis, keys: Keys) -> None:
+    """Its writers would otherwise end one after the other, and each start needs writes of its own."""
+    learner, refused = LearnerStreams(redis, keys), []
+    await learner.take_over()
+    await redis.config_set("maxmemory", 1)
+
+    async def publish() -> None:
+        if len(refused) == 2:
+            await redis.config_set("maxmemory", 0)
+        await learner.publish(version())
+
+    try:
+        await persist(publish, "a version", 60, refused.append)
+    finally:
+        await redis.config_set("maxmemory", 0)
+    assert ["OOM" in str(error) or "memory" in str(error) for error in refused] == [True, True]
+    assert await redis.xlen(keys.policy_versions) == 1

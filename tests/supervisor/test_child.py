@@ -81,7 +81,9 @@ async def test_a_service_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypa
     assert child.pid is None
 
 
-async def test_readiness_names_what_is_waited_for(tmp_path: Path) -> None:
+async def test_readiness_names_what_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("singlestream.supervisor.child.SAY_AFTER_S", 0.1)
+
     async def never() -> str | None:
         return "its first weights"
 

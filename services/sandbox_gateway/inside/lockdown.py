@@ -80,6 +80,11 @@ def check(result: int, step: str) -> None:
         raise OSError(code, f"{step}: {os.strerror(code)}")
 
 
+def join(fd: int, kind: int, step: str) -> None:
+    """Enter a namespace: of mounts at once, of pids with the next fork."""
+    check(libc.setns(fd, kind), step)
+
+
 def write_proc(proc_fd: int, name: str, text: bytes) -> None:
     """Write a file of the calling process under /proc, reached through a descriptor as /proc is not mounted here."""
     fd = os.open(f"self/{name}", os.O_WRONLY, dir_fd=proc_fd)
@@ -94,10 +99,11 @@ def limit(kind: int, soft: int, hard: int | None = None) -> None:
     resource.setrlimit(kind, (soft, soft if hard is None else hard))
 
 
-def lock_down(proc_fd: int, program: SeccompProgram, line_fd: int, tmp_bytes: int) -> None:
+def lock_down(init_fd: int, proc_fd: int, program: SeccompProgram, line_fd: int, tmp_bytes: int) -> None:
     """Give up everything. Afterwards only descriptors 0 to 3 are open and nothing here can be undone.
 
     Args:
+        init_fd: pidfd of the first process of the run's namespaces; closed here.
         proc_fd: directory descriptor of /proc; closed here.
         program: the seccomp filter.
         line_fd: socket to the gateway, for the program; :data:`LINE` from here on.
@@ -106,26 +112,29 @@ def lock_down(proc_fd: int, program: SeccompProgram, line_fd: int, tmp_bytes: in
     Raises:
         OSError: a step failed; its text names the step. The caller must end the process.
     """
-    # kill(0, …) reaches the whole process group, across pid namespaces: without a session of its own a run could kill
-    # the zygote and its siblings, which share its kernel uid.
-    os.setsid()
+    # kill(0, …) reaches the whole process group, across pid namespaces: without one of its own a run could kill the
+    # zygote and its siblings, which share its kernel uid. Not a session: Linux may schedule sessions as groups of equal
+    # weight, and then no nice value would put a run behind the gateway, or behind another run.
+    os.setpgid(0, 0)
     # Under memory pressure the kernel kills a run, not the gateway.
     write_proc(proc_fd, "oom_score_adj", b"1000")
-    # A user namespace of its own, below the zygote's: whatever the run could do to "root in its namespace" does not
-    # touch the zygote's. Its own mounts: /tmp below is seen by nobody else. Its own ipc: SysV and POSIX queues left
-    # behind die with it.
-    uid, gid = os.getuid(), os.getgid()
-    check(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWIPC), "unshare user, mount and ipc namespaces")
-    # Without this a later setgroups() could drop a group that denies access.
-    write_proc(proc_fd, "setgroups", b"deny")
-    # Only its own, unprivileged id exists: no other uid can be assumed.
-    write_proc(proc_fd, "uid_map", b"%d %d 1" % (uid, uid))
-    write_proc(proc_fd, "gid_map", b"%d %d 1" % (gid, gid))
+    # Its own mounts: /tmp is seen by nobody else.
+    join(init_fd, CLONE_NEWNS, "setns into the run's mount namespace")
     # The only writable place: private (nothing left for the next run), bounded in bytes and inodes (disk and inode
     # filling), no set-uid files, no device nodes, no executable mappings of files dropped there.
     options = b"size=%d,nr_inodes=%d,mode=0777" % (tmp_bytes, MAX_TMP_INODES)
     check(libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount private /tmp")
     os.chdir("/tmp")  # noqa: S108  the private one
+    # A user namespace of its own, below the zygote's: whatever the run could do to "root in its namespace" does not
+    # touch the zygote's, nor the mounts, which belong to that one. Its own ipc: SysV and POSIX queues left behind die
+    # with it.
+    uid, gid = os.getuid(), os.getgid()
+    check(libc.unshare(CLONE_NEWUSER | CLONE_NEWIPC), "unshare user and ipc namespaces")
+    # Without this a later setgroups() could drop a group that denies access.
+    write_proc(proc_fd, "setgroups", b"deny")
+    # Only its own, unprivileged id exists: no other uid can be assumed.
+    write_proc(proc_fd, "uid_map", b"%d %d 1" % (uid, uid))
+    write_proc(proc_fd, "gid_map", b"%d %d 1" % (gid, gid))
     # Inherited descriptors: the control socket, /proc and other runs' pidfds close; the line stays for the program.
     os.dup2(line_fd, LINE)
     check(libc.close_range(LINE + 1, 0xFFFFFFFF, 0), "close inherited descriptors")

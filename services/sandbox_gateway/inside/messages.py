@@ -1,7 +1,7 @@
 """Messages between the gateway and a zygote.
 
 Orders and replies travel over one SOCK_SEQPACKET socket: fixed-size records, little-endian, file descriptors attached.
-The zygote holds a capability, so it never sees anything that a snippet can shape: an order is numbers only, and the
+The zygote holds capabilities, so it never sees anything that a snippet can shape: an order is numbers only, and the
 program travels over a line of the run's own, which is read by nobody but the child that is locked down already.
 
 Example:
@@ -12,8 +12,9 @@ Example:
 
 from __future__ import annotations
 
+import json
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 READY = 0
 """The zygote is warm; ``value`` is its resident memory in bytes."""
@@ -102,3 +103,15 @@ class Reply(NamedTuple):
     def unpack(cls, record: bytes) -> Reply:
         """Read a record; raises ``struct.error`` if it has another size."""
         return cls._make(_REPLY.unpack(record))
+
+
+def read_report(page: bytes) -> dict[str, Any]:
+    """What a run left on its report page, hostile bytes: a JSON object; empty if there is none or it is damaged."""
+    text, end, _ = page.partition(b"\0")
+    if not text or not end:
+        return {}
+    try:
+        report = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) else {}

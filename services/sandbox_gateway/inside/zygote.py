@@ -1,7 +1,7 @@
 """The zygote: a warm Python inside bubblewrap that forks one child per run.
 
-It holds CAP_SYS_ADMIN in its own user namespace, for one purpose: a fresh pid namespace per run. It reads fixed-size
-orders, never text. It has one thread, so a fork copies a quiet process.
+It holds two capabilities, in its own user namespace, for one purpose: fresh pid and mount namespaces per run. It reads
+fixed-size orders, never text. It has one thread, so a fork copies a quiet process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PAUSE = ctypes.cast(_libc.pause, ctypes.c_void_p)
 
 
 class Init(NamedTuple):
-    """The first process of a run's pid namespace."""
+    """The first process of a run's pid namespace, and the keeper of its mounts."""
 
     pid: int
     pidfd: int
@@ -109,37 +109,42 @@ class Zygote:
         return True
 
     def _start(self, order: Order, fds: list[int]) -> None:
-        init = self._new_pid_namespace()
+        init = self._new_namespaces()
         try:
             pid = os.fork()
         except OSError:
             _end_now(init)
             raise
         if pid == 0:
-            self._become_run(order, fds)
+            self._become_run(order, fds, init)
         pidfd = os.pidfd_open(pid)
         self._live[pidfd] = Live(order.run_id, pid, init)
         self._poll.register(pidfd, select.EPOLLIN)
         attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))]
         self._control.sendmsg([Reply(STARTED, order.run_id).pack()], attached)
 
-    def _new_pid_namespace(self) -> Init:
-        """Make a pid namespace whose first process only sleeps, and aim the next fork into it.
+    def _new_namespaces(self) -> Init:
+        """Make a pid and a mount namespace whose first process only sleeps, and aim the next fork into the former.
 
         In it a run sees no process but itself, so it can signal and trace nobody. It is not process 1 itself, as the
         kernel shields that one from its own signals (SIGSTOP, abort). Ending process 1 ends all that might be in the
         namespace. It shares the zygote's memory and descriptors instead of copying them, so that it holds none of the
         run's open, and never runs anything but libc's pause().
+
+        The mounts are its, and the run only joins them: taking a mount namespace down waits for every processor to pass
+        through the scheduler, which beside busy neighbours takes tens of milliseconds. So that is part of the end of
+        this process, which nobody waits for, and not of the run's.
         """
-        _setns(self._own_pid_ns, "return to the zygote's pid namespace")
+        lockdown.join(self._own_pid_ns, lockdown.CLONE_NEWPID, "setns back to the zygote's pid namespace")
         stack = ctypes.create_string_buffer(INIT_STACK_BYTES)
         top = (ctypes.addressof(stack) + INIT_STACK_BYTES) & ~0xF
-        flags = lockdown.CLONE_NEWPID | lockdown.CLONE_VM | lockdown.CLONE_FILES | signal.SIGCHLD
+        namespaces = lockdown.CLONE_NEWPID | lockdown.CLONE_NEWNS
+        flags = namespaces | lockdown.CLONE_VM | lockdown.CLONE_FILES | signal.SIGCHLD
         init_pid = _libc.clone(_PAUSE, top, flags, None)
         lockdown.check(init_pid, "clone a pid namespace")
         init = Init(init_pid, os.pidfd_open(init_pid), stack)
         try:
-            _setns(init.pidfd, "setns into the run's pid namespace")
+            lockdown.join(init.pidfd, lockdown.CLONE_NEWPID, "setns into the run's pid namespace")
         except OSError:
             _end_now(init)
             raise
@@ -165,7 +170,7 @@ class Zygote:
         os.close(init_fd)
         os.waitpid(init.pid, 0)
 
-    def _become_run(self, order: Order, fds: list[int]) -> None:
+    def _become_run(self, order: Order, fds: list[int], init: Init) -> None:
         """The child's whole life: locked down first, then its program, if it gets one. Never returns."""
         *streams, report_fd, line_fd = fds
         exit_code = SETUP_FAILED_EXIT
@@ -174,7 +179,7 @@ class Zygote:
             report = _libc.mmap(None, REPORT_BYTES, 3, 1, report_fd, 0)  # PROT_READ | PROT_WRITE, MAP_SHARED
             for target, fd in enumerate(streams):
                 os.dup2(fd, target)
-            lockdown.lock_down(self._proc_fd, self._program, line_fd, order.tmp_bytes)
+            lockdown.lock_down(init.pidfd, self._proc_fd, self._program, line_fd, order.tmp_bytes)
             module = snippet.prepare()
             program = _receive_program()
             lockdown.bound(self._base_bytes + program.memory_bytes, program.cpu_s)
@@ -207,10 +212,6 @@ def _end_now(init: Init) -> None:
     os.kill(init.pid, signal.SIGKILL)
     os.waitpid(init.pid, 0)
     os.close(init.pidfd)
-
-
-def _setns(fd: int, step: str) -> None:
-    lockdown.check(_libc.setns(fd, lockdown.CLONE_NEWPID), step)
 
 
 def _require_one_thread(proc_fd: int, module: str) -> None:

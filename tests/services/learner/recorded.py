@@ -173,6 +173,6 @@ class Run:
         return output
 
     def steps(self, file: str = "steps") -> list[dict[str, Any]]:
-        """The records of ``steps.jsonl``, or of another of the run's files."""
+        """The records of ``steps.jsonl``, or of another of the run's files; one that is still being written is none."""
         path = self.folder / "runs" / self.name / f"{file}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []

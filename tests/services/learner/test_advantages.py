@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.learner.advantages import advantages, group_advantages, normalise
+from services.learner.advantages import advantages, group_advantages, normalise, score
+from services.learner.samples import to_sample
+from singlestream.config import Config
+from tests.services.learner.recorded import trajectory
 from tests.services.learner.reference import reference_group, reference_normalise
 
 REWARDS = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.99), st.integers(0, 40)), min_size=1, max_size=12)
@@ -13,6 +18,20 @@ REWARDS = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.99), st.integers
 
 def test_the_baseline_is_the_one_frozen_at_the_lease() -> None:
     assert advantages(np.array([1.0, 0.0]), np.array([0.25, 0.25])).tolist() == [0.75, -0.25]
+
+
+def test_a_batch_is_scored_against_its_own_leases_and_by_the_tokens_that_train() -> None:
+    """r − v̂ = (¾, −½) with 2 and 4 trained tokens, of which 3 and 4 were sampled: the token mean of Ã is 0 over 2 + 4."""
+    one = to_sample(trajectory(1, np.random.default_rng(0), version=0), 0, 4)
+    batch = []
+    for reward, v_hat, trained, sampled in ((1.0, 0.25, 2, 3), (0.0, 0.5, 4, 4)):
+        flags = {"mask_T": np.arange(4) < trained, "action_T": np.arange(4) < sampled}
+        batch.append(replace(one, reward=reward, v_hat=v_hat, **flags))
+    config = Config(run={"name": "r", "model": "m", "total_steps": 1})  # type: ignore[arg-type]
+    scored = score(batch, config)
+    assert scored.raw_N.tolist() == [0.75, -0.5]
+    assert np.array([2, 4]) @ scored.scaled_N == pytest.approx(0, abs=1e-9)
+    assert scored.groups == 0
 
 
 def test_token_normaliser_by_hand() -> None:

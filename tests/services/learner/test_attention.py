@@ -50,7 +50,7 @@ def logprobs_and_gradients(model: Any, rows: list[torch.Tensor], packed: bool) -
     else:
         states = [model.model(row[None], use_cache=False).last_hidden_state[0] for row in rows]
     scores = [
-        score(state[:-1], model.lm_head.weight, row[1:], 1.0, 16)
+        score(state[:-1], model.lm_head.weight, row[1:], 1.0, 16)[0]
         for state, row in zip(states, rows, strict=True)
         if len(row) > 1
     ]

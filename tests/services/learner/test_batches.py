@@ -243,11 +243,19 @@ def test_damage_counts_as_a_failed_member() -> None:
     assert assembler.complete and len(assembler.batch) == 1
 
 
-def test_a_batch_of_nothing_goes_on_to_the_next_group() -> None:
-    assembler = BatchAssembler(2, 4, Position(), group_size=2)
+def test_a_batch_of_nothing_goes_on_to_the_next_group_and_the_last_one_ends_with_the_leases() -> None:
+    """Two batches of one group; the first group is lost, so the second batch never fills."""
+    assembler = BatchAssembler(2, 4, Position(), group_size=2, total_leases=4)
     for n in (1, 2):
         offer(assembler, n, stone(n))
     assert not assembler.complete
+    for n in (3, 4):
+        offer(assembler, n, trajectory(n, RNG))
+    assert assembler.complete and leases_of(assembler) == [lease(3), lease(4)]
+    position = assembler.commit()
+    again = BatchAssembler(2, 4, position, group_size=2, total_leases=4)
+    assert assembler.complete and again.complete and not again.batch, "nothing more will come"
+    assert not position.ended, "a longer run goes on from here"
 
 
 def test_the_end_takes_groups_that_are_not_whole() -> None:

@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from services.learner.batches import ConsumedLeases, Position
-from services.learner.checkpoints import ARCHIVE, Checkpoints, named
+from services.learner.checkpoint_files import ARCHIVE, named
+from services.learner.checkpoints import Checkpoints
 from services.learner.export import choose
+from services.learner.identity import changed
 from services.learner.model import full_tensors
 from services.learner.policy import Policy
 from services.learner.ranks import Ranks
 from services.learner.samples import Sample, to_sample
-from singlestream.config import LearnerConfig
+from singlestream.config import Config, LearnerConfig
 from singlestream.errors import CheckpointError, Fenced
 from tests.services.learner.recorded import trajectory
 
 DEADLINE_S = 60.0
+MakeConfig = Callable[..., Config]
 AT = Position("7-0", ConsumedLeases(), False)
 
 
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path) -> MakeConfig:
+    """Settings with checkpoints in ``tmp_path/run/checkpoints``."""
+
+    def make(group_size: int = 1, **learner: Any) -> Config:
+        return Config.model_validate(
+            {
+                "run": {"name": "run", "model": tiny, "runs_dir": tmp_path, "total_steps": 9},
+                "learner": {"lr": 1e-2, "compute_dtype": "float32"} | learner,
+                "value_store": {"group_size": group_size},
+            }
+        )
+
+    return make
+
+
 @pytest.fixture(scope="module")
-def policy(tiny: Path) -> Iterator[Policy]:
-    ranks = Ranks(60)
-    yield Policy(tiny, LearnerConfig(lr=1e-2, compute_dtype="float32"), 1.0, ranks)
-    ranks.close()
+def ranks() -> Iterator[Ranks]:
+    group = Ranks(60)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny: Path, ranks: Ranks) -> Policy:
+    return Policy(tiny, LearnerConfig(lr=1e-2, compute_dtype="float32"), 1.0, ranks)
 
 
 @pytest.fixture
@@ -47,13 +75,13 @@ def nowhere(_name: str, _cursor: str) -> None:
 
 
 def test_steps_go_on_while_a_checkpoint_of_the_state_before_is_written(
-    policy: Policy, batch: list[Sample], tmp_path: Path
+    policy: Policy, batch: list[Sample], config: MakeConfig
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, "run", policy, keep=2)
+    checkpoints = Checkpoints(config(), policy)
     begun, go_on = threading.Event(), threading.Event()
     pointed: list[str] = []
-    left = tmp_path / ".step-00000002-a0.partial" / "__0_0.distcp"
-    left.parent.mkdir()
+    left = checkpoints.folder / ".step-00000002-a0.partial" / "__0_0.distcp"
+    left.parent.mkdir(parents=True)
     left.write_bytes(b"a crash left this")
 
     def point(name: str, cursor: str) -> None:
@@ -78,28 +106,81 @@ def test_steps_go_on_while_a_checkpoint_of_the_state_before_is_written(
     checkpoints.close()
 
 
-def test_the_newest_are_kept_for_a_resume_and_every_mth_for_good(policy: Policy, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "run", policy, keep=2, archive_every=4)
-    cursors = []
+def test_the_newest_are_kept_for_a_resume_and_every_mth_for_good(policy: Policy, config: MakeConfig) -> None:
+    checkpoints = Checkpoints(config(archive_every=4), policy)
+    folder, cursors = checkpoints.folder, []
     for step in (2, 4, 6, 8, 10):
         place = Position(f"{step}-0", ConsumedLeases(), False)
         checkpoints.save(step, 0.0, place, "a1", lambda _, cursor: cursors.append(cursor))
     checkpoints.settle()
-    assert [path.name for path in named(tmp_path)] == ["step-00000008-a1", "step-00000010-a1"]
-    assert [path.name for path in named(tmp_path / ARCHIVE)] == ["step-00000004-a1"]
+    assert [path.name for path in named(folder)] == ["step-00000008-a1", "step-00000010-a1"]
+    assert [path.name for path in named(folder / ARCHIVE)] == ["step-00000004-a1"]
     assert cursors == ["2-0", "2-0", "4-0", "6-0", "8-0"], "entries are trimmed below the older of the two kept"
     assert checkpoints.choose("step-00000010-a1") == "step-00000010-a1"
-    for path in named(tmp_path):
-        (path / "state.json").write_text("{")
+
+    newest, before = (folder / f"step-000000{step}-a1" for step in ("10", "08"))
+    shard = newest / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert checkpoints.choose(newest.name) == before.name, "a byte that changed"
+    (newest / "state.json").write_text("")
+    assert checkpoints.choose(newest.name) == before.name, "as a power cut leaves a file that was not synced"
+    (before / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"step-00000010-a1: state.json.*step-00000008-a1: state.json"):
-        checkpoints.choose("step-00000010-a1")
-    assert choose(tmp_path, "step-00000004-a1").parent.name == ARCHIVE, "an export takes an archived one"
-    assert choose(tmp_path, None).name == "step-00000004-a1"
+        checkpoints.choose(newest.name)
+    assert choose(folder, "step-00000004-a1").parent.name == ARCHIVE, "an export takes an archived one"
+    assert choose(folder, None).name == "step-00000004-a1"
     checkpoints.close()
 
 
-def test_one_that_cannot_be_written_is_told_at_the_next(policy: Policy, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "run", policy, keep=2)
+def test_what_was_written_is_on_disk_before_it_has_its_name(
+    policy: Policy, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of syncs and of the rename, as the kernel is told it."""
+    told: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def fsync(descriptor: Any) -> None:
+        number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+        told.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        sync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        told.append(f"{self.name} -> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    checkpoints = Checkpoints(config(), policy)
+    name = checkpoints.save(1, 0.0, AT, "a1", lambda *_: told.append("pointed"))
+    checkpoints.settle()
+    checkpoints.close()
+    partial = f".{name}.partial"
+    assert told[-5:] == ["state.json", partial, f"{partial} -> {name}", "checkpoints", "pointed"]
+    assert "__0_0.distcp" in told[:-5]
+
+
+def test_a_checkpoint_is_refused_where_what_it_means_has_changed(tiny: Path, ranks: Ranks, config: MakeConfig) -> None:
+    pytest.importorskip("peft")
+
+    def of(settings: Config) -> Checkpoints:
+        return Checkpoints(settings, Policy(tiny, settings.learner, 1.0, ranks))
+
+    first = of(config(lora_rank=2, lora_alpha=4.0))
+    name = first.save(1, 0.0, AT, "a1", nowhere)
+    first.settle()
+    first.close()
+    for other, difference in (
+        (config(lora_rank=2, lora_alpha=8.0), r"learner.lora_alpha was 4.0, is 8.0$"),
+        (config(lora_rank=2, lora_alpha=4.0, lora_targets=("q_proj",)), "names and shapes"),
+        (config(), "learner.lora_rank was 2, is 0"),
+    ):
+        assert re.search(difference, of(other).problem(first.folder / name))
+    grouped = config(8, lora_rank=2, lora_alpha=4.0, advantage="grpo")
+    assert changed(first.identity, of(grouped).identity) == "value_store.group_size was 1, is 8"
+
+
+def test_one_that_cannot_be_written_is_told_at_the_next(policy: Policy, config: MakeConfig) -> None:
+    checkpoints = Checkpoints(config(), policy)
 
     def fenced(_name: str, _cursor: str) -> None:
         raise Fenced("another learner has taken over")
@@ -109,9 +190,9 @@ def test_one_that_cannot_be_written_is_told_at_the_next(policy: Policy, tmp_path
         checkpoints.settle()
     checkpoints.close()
 
-    blocked = tmp_path / "file"
-    blocked.write_text("no folder")
-    checkpoints = Checkpoints(blocked, "run", policy, keep=2)
+    checkpoints = Checkpoints(config(), policy)
+    shutil.rmtree(checkpoints.folder)
+    checkpoints.folder.write_text("no folder")
     checkpoints.save(1, 0.0, AT, "a1", nowhere)
     with pytest.raises(CheckpointError, match="NotADirectoryError"):
         checkpoints.save(2, 0.0, AT, "a1", nowhere)

@@ -14,7 +14,8 @@ from redis import Redis
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.learner.export import _whole, choose, export
-from singlestream.config import Config, load_config
+from services.learner.identity import BASE_WEIGHTS, LORA_ALPHA, LORA_RANK
+from singlestream.config import load_config
 from singlestream.contracts import PolicyVersion, decode_as
 from singlestream.errors import CheckpointError
 from singlestream.streams import Keys
@@ -72,7 +73,6 @@ def test_an_export_loads_in_transformers_and_in_vllm_with_the_trained_weights(
         choose(run.folder / "runs" / run.name / "checkpoints", None)
 
 
-def test_adapters_without_their_settings_are_a_clear_error(tiny: Path) -> None:
-    adapters = {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(4, 128)}
-    with pytest.raises(CheckpointError, match=r"set the run's learner\.lora_rank"):
-        _whole(Config(run={"name": "x", "model": tiny, "total_steps": 1}), adapters)
+def test_adapters_beside_another_model_are_a_clear_error(tiny: Path) -> None:
+    with pytest.raises(CheckpointError, match="other weights than those that the adapters were trained on"):
+        _whole(tiny, {LORA_RANK: 4, LORA_ALPHA: 8.0, BASE_WEIGHTS: "another's"}, {})

@@ -83,8 +83,9 @@ def test_groups_with_two_updates_a_batch_go_on_after_a_crash_and_measure_exact_d
     exact = {u.lease_id: u.kl for u in updates(sync_redis, keys)}
     second = [exact[lease(n)] for n in range(BATCH + 1, 2 * BATCH + 1) if n != BATCH + 2]
     assert all(exact[lease(n)] is None for n in range(1, BATCH + 1)), "a first visit has nothing to compare with"
-    assert len(set(second)) == 2, "one anchor a prompt, so one number for all members of its group"
     assert all(kl is not None and 0 < kl < 1 for kl in second)
+    # to the rounding of fp32: the same anchor is scored among other rows for another member
+    assert len({round(kl, 4) for kl in second if kl}) == 2, "one anchor a prompt, so one number for all of its group"
     seen = run.steps("evidence")
     assert {one["lease_id"]: one["drift"] for one in seen if one["step"] == 2} == pytest.approx(
         {lease(n): exact[lease(n)] for n in range(BATCH + 1, 2 * BATCH + 1) if n != BATCH + 2}

@@ -15,7 +15,7 @@ from services.learner.batches import BatchAssembler, Position
 from services.learner.intake import StreamReader
 from services.learner.redis_link import RedisLink, Status
 from singlestream.embedded_redis import EmbeddedRedis
-from singlestream.errors import DeadlineExceeded
+from singlestream.errors import CheckpointError, DeadlineExceeded
 from singlestream.streams import Keys
 from tests.services.learner.recorded import record
 
@@ -45,6 +45,23 @@ def test_the_seconds_of_a_long_step_are_no_silence(
     later_s += 2 * HOUR_S
     with pytest.raises(DeadlineExceeded, match="trajectories: 0 of 8 have arrived"):
         reader.poll(1)
+
+
+def test_a_checkpoint_whose_future_has_been_trimmed_is_refused(sync_redis: Redis, keys: Keys, link: RedisLink) -> None:
+    """One that was put back from an archive would train what is left of the run, and wait for the rest in vain."""
+    record(sync_redis, keys, 64, last=8)
+    entries = [entry.decode() for entry, _ in sync_redis.xrange(keys.trajectories)]  # type: ignore[union-attr]
+    link.call(lambda: link.streams.resume_from("step-00000001-aa", entries[4]), "the resume pointer")
+
+    def reader(cursor: str) -> StreamReader:
+        return StreamReader(link, BatchAssembler(8, 4, Position(cursor)), 128, 512, HOUR_S, HOUR_S)
+
+    assert not reader(entries[4]).poll(0), "three have arrived behind it"
+    with pytest.raises(CheckpointError, match=f"begins at {entries[4]}: what it would train next has been trimmed"):
+        reader(entries[3])
+    sync_redis.delete(keys.trajectories)
+    with pytest.raises(CheckpointError, match="is empty"):
+        reader(entries[4])
 
 
 def test_the_end_of_a_run_does_without_a_last_heartbeat(caplog: pytest.LogCaptureFixture) -> None:

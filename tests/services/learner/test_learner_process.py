@@ -168,11 +168,12 @@ def test_resume_on_other_numbers_of_ranks_past_a_truncated_checkpoint_and_never_
 
     for path in folder.iterdir():
         state = json.loads((path / "state.json").read_text())
-        (path / "state.json").write_text(json.dumps({**state, "fingerprint": "another"}))
+        state["identity"]["run.name"] = "another"
+        (path / "state.json").write_text(json.dumps(state))
     process = run.start()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "it belongs to another run or another model" in output
+    assert f"it is not of this run or model: run.name was another, is {run.name}" in output
 
 
 def test_sigterm_while_waiting_leaves_a_checkpoint_and_ends_well(

@@ -3,12 +3,15 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from services.learner.observers import ProgressLine, WeightsAndBiases
+from services.learner.metrics import Metrics
+from services.learner.observers import Observers, ProgressLine, WeightsAndBiases
 
 RECORD = {
     "step": 3,
@@ -54,4 +57,26 @@ def test_weights_and_biases_keeps_records_offline(tmp_path: Path, monkeypatch: p
     board.observe(RECORD)
     board.close()
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert b"learner/reward_mean" in kept.read_bytes()
+    deadline_s = time.monotonic() + 60
+    while b"learner/reward_mean" not in kept.read_bytes():  # a process of wandb's writes it, after the end too
+        assert time.monotonic() < deadline_s, f"wandb has not written the record: {kept.read_bytes()!r}"
+        time.sleep(0.1)
+
+
+def test_what_only_watches_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def observe(self, record: dict[str, Any]) -> None:
+            raise ConnectionError("the tracker is gone")
+
+        def close(self) -> None:
+            raise OSError("still gone")
+
+    screen, metrics = io.StringIO(), Metrics()
+    line = ProgressLine(2, 10, Console(file=screen, force_terminal=True, width=160))
+    observers = Observers({"the tracker": Broken(), "line": line}, metrics.count_tracking_failure)
+    for _ in range(3):
+        observers.observe(RECORD)
+    observers.close()
+    assert "reward 0.432" in screen.getvalue(), "the others go on"
+    assert [record.getMessage().count("the tracker is gone") for record in caplog.records] == [1]
+    assert b'tracking_failures_total{observer="the tracker"} 4.0' in metrics.text()

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from redis.asyncio import Redis
 
 from singlestream.contracts import Lease, Sampling, Trajectory, decode, encode
@@ -73,6 +74,13 @@ class Service:
     async def scale(self, replicas: int) -> None:
         command = self.start("scale.log", "singlestream.cli.main", "scale", "rollout", str(replicas))
         assert await asyncio.to_thread(command.wait, 60) == 0, (self.folder / "scale.log").read_text()
+
+    async def control(self, action: str) -> list[dict[str, Any]]:
+        """``POST /v1/control``: what every replica says it is like afterwards."""
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=60) as client:
+            reply = await client.post("/v1/control", json={"action": action})
+        assert reply.status_code == 200, reply.text
+        return list(reply.json()["replicas"])
 
     async def add(self, count: int, version: int, question: str | None = None) -> tuple[int, int]:
         """Leases of long generations (the policy never ends); returns the first number and that after the last."""

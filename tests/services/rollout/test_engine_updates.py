@@ -40,6 +40,8 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0)
 TOKENS = 300
 STREAMS = 16
 SAME, DIFFERENT = 0.02, 0.5
+ONE_KIND = pytest.mark.parametrize("bench", [False], indirect=True, ids=["untied"])
+"""For what has nothing to do with how the output layer is held."""
 
 
 class Bench:
@@ -212,6 +214,7 @@ async def test_the_same_with_a_delta_from_another_machine(
     await bench.keeper.ensure(back, 3)
 
 
+@ONE_KIND
 async def test_with_clear_cache_what_is_running_is_computed_again_under_the_new_weights(bench: Bench) -> None:
     settings = bench.keeper.settings
     old = await bench.publish(1)
@@ -234,6 +237,7 @@ async def test_with_clear_cache_what_is_running_is_computed_again_under_the_new_
     assert crossed >= 2
 
 
+@ONE_KIND
 async def test_a_refresh_loads_what_is_held_once_more(bench: Bench) -> None:
     held = await bench.publish(1)
     await bench.keeper.ensure(held, 3)
@@ -262,6 +266,7 @@ async def test_a_part_of_a_fused_layer_that_is_not_what_was_published_is_found(b
     assert (compared, left_out) == (len(weights.manifest.tensors), [])
 
 
+@ONE_KIND
 async def test_a_later_request_finds_no_prefix_of_an_older_policy(bench: Bench) -> None:
     """The same prompt before and after an update: the second must not read the first one's cached keys and values."""
     seed = 1 if bench.version % 2 == 0 else 2
@@ -276,6 +281,7 @@ async def test_a_later_request_finds_no_prefix_of_an_older_policy(bench: Bench) 
     assert (torch.tensor(generation.logprobs) - right).abs().max() < SAME
 
 
+@ONE_KIND
 async def test_an_aborted_turn_keeps_its_tokens_and_can_be_continued(bench: Bench) -> None:
     seed = 1 if bench.version % 2 == 0 else 2
     version = await bench.publish(seed)
@@ -295,6 +301,7 @@ async def test_an_aborted_turn_keeps_its_tokens_and_can_be_continued(bench: Benc
     assert (torch.tensor(part.logprobs + rest.logprobs) - right).abs().max() < SAME
 
 
+@ONE_KIND
 async def test_stop_strings_of_several_tokens_end_a_turn(bench: Bench) -> None:
     """As ``</code>`` is for a real tokenizer: every sampled token is kept, the stop string's too."""
     letters = "abcdefghijklmnop"
@@ -314,6 +321,7 @@ async def test_stop_strings_of_several_tokens_end_a_turn(bench: Bench) -> None:
     assert ended >= 1
 
 
+@ONE_KIND
 async def test_health_answers_while_busy(bench: Bench) -> None:
     running = [bench.start(number) for number in range(STREAMS)]
     await bench.engine.check_health()
@@ -326,6 +334,7 @@ def damage(file: Path, offset: int) -> None:
     file.write_bytes(data)
 
 
+@ONE_KIND
 async def test_a_damaged_file_is_refused_before_the_engine_is_touched(bench: Bench) -> None:
     held = bench.engine.held
     bench.version += 1
@@ -342,6 +351,7 @@ async def test_a_damaged_file_is_refused_before_the_engine_is_touched(bench: Ben
     assert bench.engine.held == (good, 3)
 
 
+@ONE_KIND
 async def test_an_update_that_fails_half_way_ends_the_engine(bench: Bench) -> None:
     update = {"path": "/nonexistent", "total_bytes": 4, "tensors": [("model.norm.weight", "float32", [1], 0)]}
     running = bench.start(2)

@@ -9,7 +9,6 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
 
 import httpx
 import openai
@@ -48,9 +47,13 @@ async def test_a_second_replica_joins_and_loads_the_newest_weights_first(service
     await service.add(4, 0)
     await service.ended(4)
     await service.publish(2, 1)
+    assert [one["paused"] for one in await service.control("pause")] == [True]
     await service.scale(2)
-    await service.until(lambda told: set(told) - {alone}, 1, "new replicas")
+    [joined] = await service.until(lambda told: set(told) - {alone}, 1, "new replicas")
     await service.add(12, 1, question="the same for all")
+    assert (await service.reports())[joined]["paused"]
+    assert await service.redis.xlen(service.keys.leases("train")) == 12
+    assert {one["replica"] for one in await service.control("resume")} == {alone, joined}
     ended = (await service.ended(16))[4:]
     assert len({s.replica for one in ended for s in one.segments[1:]}) == 2
     assert {s.version for one in ended for s in one.segments[1:]} == {1}
@@ -142,24 +145,18 @@ async def test_a_session_stays_with_its_replica(service: Service) -> None:
 async def test_every_replica_hears_the_operator(service: Service) -> None:
     both = set(await service.until(lambda told: told, 2, "replicas"))
     before = await service.redis.xlen(service.keys.trajectories)
+    told = await service.control("pause")
+    assert {one["replica"] for one in told} == both
+    assert all(one["paused"] for one in told)
+    await asyncio.sleep(1.5)  # a take that was under way has ended
+    await service.add(4, 0)
+    await asyncio.sleep(1.5)
+    assert await service.redis.xlen(service.keys.trajectories) == before
+    assert not any(one["in_use"] for one in (await service.reports()).values())
+    assert not any(one["paused"] for one in await service.control("resume"))
+    await service.ended(before + 4)
+    assert {one["version"] for one in await service.control("refresh")} == {1}
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}", timeout=60) as client:
-
-        async def control(action: str) -> list[dict[str, Any]]:
-            reply = await client.post("/v1/control", json={"action": action})
-            assert reply.status_code == 200, reply.text
-            return list(reply.json()["replicas"])
-
-        told = await control("pause")
-        assert {one["replica"] for one in told} == both
-        assert all(one["paused"] for one in told)
-        await asyncio.sleep(1.5)  # a take that was under way has ended
-        await service.add(4, 0)
-        await asyncio.sleep(1.5)
-        assert await service.redis.xlen(service.keys.trajectories) == before
-        assert not any(one["in_use"] for one in (await service.reports()).values())
-        assert not any(one["paused"] for one in await control("resume"))
-        await service.ended(before + 4)
-        assert {one["version"] for one in await control("refresh")} == {1}
         assert (await client.post("/v1/control", json={"action": "explode"})).status_code == 422
 
 
@@ -190,7 +187,7 @@ async def test_a_replica_that_is_scaled_away_hands_over(service: Service) -> Non
 
 async def test_the_http_interface_runs_an_episode(service: Service) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}", timeout=60) as client:
-        assert (await client.get("/healthz")).status_code == 200
+        assert (await client.get("/health")).status_code == 200
         assert (await client.get("/readyz")).json()["version"] == 1
         assert "singlestream_rollout_reward_bucket" in (await client.get("/metrics")).text
         body = {"question": "3+4=?", "answer": "7", "environment": "single_turn"}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import httpx
 import psutil
 import pytest
+import pytest_asyncio
 
 from singlestream.contracts import Lease, decode
 from tests.services.rollout.service import START_S, Service, running
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
 
 async def health(service: Service, wanted: int) -> str:
@@ -32,41 +35,47 @@ def engine_core(service: Service) -> psutil.Process:
     return core
 
 
-@pytest.mark.timeout(900)
-async def test_a_hung_engine_is_unhealthy_and_a_dead_one_ends_the_process(tmp_path: Path) -> None:
-    async with running(tmp_path, "--no-ray", engine_timeout_s=5) as service:
-        await service.until(lambda told: told, 1, "replicas")
-        await service.add(40, 0)
-        await service.busy()
-        core = engine_core(service)
-        await health(service, 200)  # busy, and well
-
-        core.suspend()
-        assert "the engine's answer" in await health(service, 503)
-        core.resume()
-        await health(service, 200)
-
-        async with httpx.AsyncClient() as client:
-            metrics = (await client.get(f"http://127.0.0.1:{service.port}/metrics")).text
-        told = {line.split()[0]: float(line.split()[1]) for line in metrics.splitlines() if line[:1] != "#"}
-        assert told["singlestream_rollout_engine_running"] >= 1
-        assert 0 < told["singlestream_rollout_kv_cache_ratio"] <= 1
-        assert told["singlestream_rollout_sampled_tokens_total"] > 0
-        assert told["singlestream_rollout_prefix_cache_queries_total"] > 0
-
-        core.kill()
-        assert await asyncio.to_thread(service.process.wait, 60) == 1
-        ended = await service.redis.xlen(service.keys.trajectories)
-        back = [decode(fields[b"m"]) for _, fields in await service.redis.xrange(service.keys.leases("train"))]
-        assert ended + len(back) == 40
-        assert {one.attempts for one in back if isinstance(one, Lease)} == {0, 1}
-        assert await service.reports() == {}
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def services(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Service, Service]]:
+    """Two that start at the same time: it takes little longer than one."""
+    busy, idle = (tmp_path_factory.mktemp(name) for name in ("busy", "idle"))
+    async with running(busy, "--no-ray", engine_timeout_s=5) as one, running(idle, "--no-ray") as other:
+        for service in (one, other):
+            await service.until(lambda told: told, 1, "replicas")
+        yield one, other
 
 
-@pytest.mark.timeout(900)
-async def test_the_process_ends_with_an_idle_engine_too(tmp_path: Path) -> None:
-    async with running(tmp_path, "--no-ray") as service:
-        await service.until(lambda told: told, 1, "replicas")
-        engine_core(service).kill()
-        assert await asyncio.to_thread(service.process.wait, 60) == 1
-        assert await service.reports() == {}
+async def test_a_hung_engine_is_unhealthy_and_a_dead_one_ends_the_process(services: tuple[Service, Service]) -> None:
+    service, _ = services
+    await service.add(40, 0)
+    await service.busy()
+    core = engine_core(service)
+    await health(service, 200)  # busy, and well
+
+    core.suspend()
+    assert "the engine's answer" in await health(service, 503)
+    core.resume()
+    await health(service, 200)
+
+    async with httpx.AsyncClient() as client:
+        metrics = (await client.get(f"http://127.0.0.1:{service.port}/metrics")).text
+    told = {line.split()[0]: float(line.split()[1]) for line in metrics.splitlines() if line[:1] != "#"}
+    assert told["singlestream_rollout_engine_running"] >= 1
+    assert 0 < told["singlestream_rollout_kv_cache_ratio"] <= 1
+    assert told["singlestream_rollout_sampled_tokens_total"] > 0
+    assert told["singlestream_rollout_prefix_cache_queries_total"] > 0
+
+    core.kill()
+    assert await asyncio.to_thread(service.process.wait, 60) == 1
+    ended = await service.redis.xlen(service.keys.trajectories)
+    back = [decode(fields[b"m"]) for _, fields in await service.redis.xrange(service.keys.leases("train"))]
+    assert ended + len(back) == 40
+    assert {one.attempts for one in back if isinstance(one, Lease)} == {0, 1}
+    assert await service.reports() == {}
+
+
+async def test_the_process_ends_with_an_idle_engine_too(services: tuple[Service, Service]) -> None:
+    _, service = services
+    engine_core(service).kill()
+    assert await asyncio.to_thread(service.process.wait, 60) == 1
+    assert await service.reports() == {}

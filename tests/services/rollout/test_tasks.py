@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,14 @@ def length_reward(completions: list[str], answer: list[str], **_: Any) -> list[f
     return [min(1.0, len(text) / 10) if truth in text else 0.0 for text, truth in zip(completions, answer, strict=True)]
 
 
+def no_number(**_: Any) -> float:
+    return math.nan
+
+
+def no_numbers(**_: Any) -> list[float]:
+    return [math.nan]
+
+
 def two_rewards(completions: list[str], **_: Any) -> list[float]:
     return [0.0, 1.0]
 
@@ -137,6 +146,12 @@ def two_rewards(completions: list[str], **_: Any) -> list[float]:
 async def test_reward_functions_of_other_stacks(name: str, text: str, reward: float) -> None:
     grader = load_grader(name.format(__name__))
     assert await apply_grader(grader, Response("Q", "42", text, text)) == reward
+
+
+@pytest.mark.parametrize("name", ["verl:{}:no_number", "trl:{}:no_numbers"])
+async def test_a_score_that_is_no_number_is_not_taken_for_0(name: str) -> None:
+    """So it fails its trajectory as any bad reward does, and is no evidence."""
+    assert math.isnan(await apply_grader(load_grader(name.format(__name__)), Response("Q", "42", "x", "x")))
 
 
 async def test_a_trl_function_that_miscounts_fails_its_trajectory() -> None:

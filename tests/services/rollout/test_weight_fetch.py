@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from services.rollout.weight_fetch import Stopped, WeightFetcher, checked_weight
 from singlestream.config import Config
 from singlestream.contracts import PolicyVersion
 from singlestream.embedded_redis import EmbeddedRedis
-from singlestream.errors import ConfigError, WeightsError
+from singlestream.errors import ConfigError, DeadlineExceeded, WeightsError
 from singlestream.streams import Keys
 from singlestream.weight_files import delta_name, weights_name
 from tests.services.rollout.weight_source import TOKEN, BreakingWire, Source, replica_run
@@ -156,6 +157,21 @@ def test_another_process_goes_on_with_what_is_there(make: Any, tmp_path: Path, m
     assert count(other, "full")[1] < published.manifest.total_bytes - 90_000
 
 
+def test_a_download_that_only_trickles_has_an_end(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each connection brings something, so no attempt counts as failed."""
+    monkeypatch.setattr(weight_fetch, "SLOWEST_BYTES_PER_S", 1e9)
+    source = make([20_000] * 8)
+    published = source.publish(0, tensors())
+    size = published.manifest.total_bytes
+    hasty = WeightFetcher(replica_run(source, tmp_path / "elsewhere"), Metrics(), timeout_s=1.0)
+    with pytest.raises(DeadlineExceeded, match=f"for the {size} bytes of http://.*/weights/{weights_name(0, 1)}"):
+        hasty.fetch(published)
+    patient = fetcher(source, tmp_path / "elsewhere")
+    patient.fetch(published)
+    assert_here(published, patient, tensors())
+    assert count(patient, "full")[1] < size, "what had come was of use"
+
+
 def test_a_learner_that_is_away_is_given_up_with_its_cause(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +293,19 @@ def test_what_a_crash_left_makes_room_at_the_next_start(make: Any, named: bool) 
     Publisher(source.config, 2, source.link, source.files)
     kept = (1, 2) if named else (0, 1)
     assert sorted(path.name for path in folder.iterdir()) == [weights_name(version, 1) for version in kept]
+
+
+def test_a_clock_that_is_set_back_removes_nothing_new(make: Any, tmp_path: Path) -> None:
+    """By its time of writing the newest file would be the oldest, on the learner's machine and on others."""
+    source, next_year_s = make(), time.time() + 365 * 86400
+    one = fetcher(source, tmp_path / "elsewhere")
+    for version in range(4):
+        one.fetch(source.publish(version, tensors()))
+        for folder in (source.publisher.folder, one.folder):
+            kept = sorted(path.name for path in folder.glob("*.weights"))
+            assert weights_name(version, 1) in kept and len(kept) <= 2
+            if version < 2:
+                os.utime(folder / weights_name(version, 1), (next_year_s, next_year_s))
 
 
 def test_the_server_keeps_to_http(make: Any) -> None:

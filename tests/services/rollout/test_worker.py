@@ -22,7 +22,7 @@ from services.rollout.graders import Response
 from services.rollout.lease_run import LeaseRunner
 from services.rollout.manifest import ModelTensors
 from services.rollout.metrics import Metrics
-from services.rollout.node import handed_over
+from services.rollout.node import MARK_S, handed_over
 from services.rollout.tools import SandboxTools
 from services.rollout.weights import WeightKeeper
 from services.rollout.worker import RolloutWorker
@@ -168,7 +168,7 @@ async def test_two_workers_end_every_lease_once(site: Site) -> None:
         ended = await site.until_ended(40)
         assert {*map(str, await site.redis.hkeys(site.keys.replicas))} == {"b'a'", "b'b'"}
         report = json.loads(await site.redis.hget(site.keys.replicas, "a"))
-        assert set(report) == {"node", "slots", "in_use", "version", "lineage", "pinned", "at_s"}
+        assert set(report) == {"node", "slots", "in_use", "version", "lineage", "pinned", "paused", "at_s"}
     assert Counter(one.lease_id for one in ended) == Counter(one.lease_id for one in leases)  # type: ignore[attr-defined]
     assert all(isinstance(one, Trajectory) and one.reward == 1.0 and one.turns == 2 for one in ended)
     assert {s.replica for one in ended for s in one.segments[1:] if s.replica} == {"a", "b"}  # type: ignore[attr-defined]
@@ -235,6 +235,7 @@ async def test_a_draining_node_hands_over_and_takes_nothing_any_more(site: Site)
     await engine.stalled.wait()
     assert await handed_over(site.redis, site.keys, worker.node, deadline_s=30.0)
     await asyncio.wait_for(working, 20)
+    assert 0 < await site.redis.ttl(site.keys.draining) <= MARK_S
     # whoever is started there again, as by Serve, sees the mark before it takes a lease
     again = site.worker("a2", ScriptedEngine(TOKENIZER, [BOX]))
     again.node = worker.node
@@ -246,6 +247,20 @@ async def test_a_draining_node_hands_over_and_takes_nothing_any_more(site: Site)
     first = ended.segments[1]
     assert (first.replica, len(first.token_ids)) == ("a", 4)
     assert {s.replica for s in ended.segments[1:]} == {"a", "b"}
+
+
+async def test_a_pause_holds_for_a_worker_that_starts_later(site: Site) -> None:
+    await site.redis.set(site.keys.rollout_paused, 1)
+    await site.add(lease(1))
+    engine = ScriptedEngine(TOKENIZER, [BOX])
+    async with Working(site.worker("a", engine)) as worker:
+        await until(lambda: site.redis.hexists(site.keys.replicas, "a"), "the first report")  # no lease before it
+        await asyncio.sleep(0.3)
+        assert worker.report()["paused"]
+        assert engine.requests == []
+        await site.redis.delete(site.keys.rollout_paused)
+        await site.until_ended(1)  # by itself: the next report finds it gone
+        assert not worker.report()["paused"]
 
 
 async def test_a_replica_that_does_not_sign_off_is_not_waited_for_longer(site: Site) -> None:
@@ -333,6 +348,29 @@ async def test_the_leases_of_a_silent_replica_are_taken_over(site: Site) -> None
         assert not await silent.fail(held[0], "cancelled", "late")
     assert await site.redis.xlen(site.keys.trajectories) == 5
     assert all(one.attempts == 2 for one in ended)  # type: ignore[attr-defined]
+
+
+async def test_no_lease_is_claimed_just_after_redis_was_away(site: Site) -> None:
+    """Its holder could not keep it alive either: a long outage would cost every episode of the run an attempt."""
+    await site.add(lease(1))
+    holder = LeaseConsumer(site.redis, site.keys, "holder")
+    await holder.join()
+    [held] = await holder.take(["train"], 1, 100)
+    long_ago_ms = 7_200_000
+    await site.redis.xclaim(site.keys.leases("train"), GROUP, "holder", 0, [held.entry], idle=long_ago_ms, justid=True)
+    worker = site.worker("a", ScriptedEngine(TOKENIZER, [BOX]), lease_timeout_s=3600.0)
+
+    async def away() -> None:
+        worker.stop()  # after this round
+        raise ConnectionError("away")
+
+    await worker._every(60.0, "report", away)
+    await worker._claim()
+    assert await holder.heartbeat([held]) == []
+    await site.redis.xclaim(site.keys.leases("train"), GROUP, "holder", 0, [held.entry], idle=long_ago_ms, justid=True)
+    worker._redis_away_at_s -= 1800.0
+    await worker._claim()
+    assert await holder.heartbeat([held]) == [held.lease.lease_id]
 
 
 async def test_an_episode_whose_lease_was_taken_away_is_cancelled(site: Site) -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from services.sandbox_gateway import host, mends, policy
 from services.sandbox_gateway.admission import Admission
 from services.sandbox_gateway.descriptors import Descriptors, sealed_memory
-from services.sandbox_gateway.inside.messages import EXITED, REPORT_BYTES, Order, Program, Reply
+from services.sandbox_gateway.inside.messages import EXITED, REPORT_BYTES, Order, Program, Reply, read_report
 from services.sandbox_gateway.output import HeadTail
 from services.sandbox_gateway.tiers import TierChoice, tiers_for
-from services.sandbox_gateway.verdict import Ending, judge, read_report
+from services.sandbox_gateway.verdict import Ending, judge
 
 
 @given(

@@ -12,7 +12,7 @@ from singlestream.streams import ledger
 COMMAND = re.compile(rb"\*\d+\r\n\$\d+\r\n([A-Za-z]+)\r\n(?:\$\d+\r\n([^\r\n]{1,60})\r\n)?")
 SCRIPTS = {
     hashlib.sha1(getattr(ledger, name).encode()).hexdigest(): name  # noqa: S324  Redis' own name for a script
-    for name in ("TAKE_OVER", "ISSUE", "COMMIT", "CANCEL", "END_TRAINING")
+    for name in ("ISSUE", "COMMIT", "CANCEL", "END_TRAINING", "TIDY")
 }
 
 
@@ -22,6 +22,8 @@ def kind_of(data: bytes) -> str | None:
     if found is None:
         return None
     name = found[1].decode().upper()
+    if name == "EVAL":
+        return "TAKE_OVER"  # the one script that is sent whole
     if name == "EVALSHA":
         return SCRIPTS.get((found[2] or b"").decode(), name)
     return name

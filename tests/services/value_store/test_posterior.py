@@ -28,6 +28,7 @@ def rho(retention: Retention, *, z: float = 0.0, z_last: float = math.nan, v: in
         ([], 0.5, 0.5),
         ([1, 1, 1, 0, 0, 0, 0, 0], 8 * 3.5 / 9, 8 * 5.5 / 9),  # recipe: N0 (s+½)/(n+1) with N0 = 1/(1−0.875) = 8
         ([0, 0], 8 * 0.5 / 3, 8 * 2.5 / 3),
+        ([1], 8 * 1.5 / 2, 8 * 0.5 / 2),
         ([0.25, 0.75], 4.0, 4.0),
     ],
 )
@@ -70,6 +71,7 @@ def test_event_and_constant_retention() -> None:
     assert rho(event, v=7, v_last=4) == pytest.approx(0.875**3)
     assert rho(event, v=4, v_last=7) == 1.0
     assert rho(event, v=4) == 1.0
+    assert rho(event, v=2, v_last=0) == pytest.approx(0.875**2), "version 0 is evidence like any other"
     assert rho(Retention("constant", rho_constant=0.9), z=5.0, z_last=1.0) == 0.9
 
 
@@ -114,7 +116,10 @@ def test_ema_and_beta_forms_agree(alpha: float, beta: float, rho: float, rewards
     v, n = np.float64(alpha / (alpha + beta)), np.float64(alpha + beta)
     for reward in rewards:
         alpha, beta = posterior.update(alpha, beta, rho, reward)  # type: ignore[assignment]
-        v, n = posterior.update_ema(v, n, rho, reward)  # type: ignore[assignment]
+        n = rho * n + 1.0
+        v += (
+            reward - v
+        ) / n  # η = 1/(ρ·n + 1); P prints 1/(n + 1), which forgets that n has been decayed (docs/spo.md)
     assert abs(v - posterior.v_hat(alpha, beta)) < 1e-12
     assert n == pytest.approx(alpha + beta, rel=1e-9)
 

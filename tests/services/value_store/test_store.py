@@ -17,7 +17,7 @@ from services.value_store.jobs import Job
 from services.value_store.memory import load_memory
 from services.value_store.prompts import Refused
 from services.value_store.store import NotReady, Store
-from singlestream.contracts import EndOfRun, PosteriorUpdate, Sampling, Tombstone, decode, encode
+from singlestream.contracts import EndOfRun, PosteriorUpdate, Sampling, Tombstone, decode, decode_closing, encode
 from singlestream.errors import Fenced
 from singlestream.streams import Keys
 from tests.services.value_store.world import (
@@ -136,7 +136,7 @@ async def test_z_is_looked_up_when_evidence_overtakes_the_publication(redis: Red
     await redis.hset(keys.clock, "3", "0.77")
     await world.learner.send_updates([evidence(trajectory)])
     entries = await store.streams.read_stream(keys.posterior_updates, "0-0", 10, 1)
-    await store.take_updates(store.memory.epoch, decode_entries(entries))
+    await store.take_updates(store.memory.epoch, decode_entries(entries, decode_closing))
     row = store.memory.table.row(trajectory.prompt_id)
     assert store.memory.table.z_last[row] == 0.77
 

@@ -26,6 +26,7 @@ from singlestream.contracts import (
     Trajectory,
     WeightManifest,
     decode,
+    decode_closing,
 )
 from singlestream.streams import Held, Keys, LearnerStreams, LeaseConsumer
 from singlestream.streams.ledger import LedgerCounts, read_ledger
@@ -108,7 +109,7 @@ class World:
         )
 
     async def take(self, count: int = 64) -> list[Held]:
-        return await self.replica.take(["train", "estimate", "evaluate"], count, block_ms=1)
+        return await self.replica.take(["train", "estimate", "evaluate"], count, block_ms=None)
 
     async def play(self, reward: Callable[[Lease], float] = lambda _: 1.0, count: int = 64) -> list[Trajectory]:
         """Take what is there and finish it."""
@@ -121,7 +122,7 @@ class World:
 
     async def read(self) -> list[Any]:
         """New entries of the trajectory stream."""
-        entries = await self.learner.read(self.cursor, 1000, block_ms=1)
+        entries = await self.learner.read(self.cursor, 1000, block_ms=None)
         if entries:
             self.cursor = entries[-1][0]
         return [decode(data) for _, _, data in entries]
@@ -154,11 +155,14 @@ async def read_versions(store: Store) -> None:
 async def settle(store: Store) -> None:
     """Apply everything that waits in the streams."""
     await read_versions(store)
-    for stream, take in ((store.keys.posterior_updates, store.take_updates), (store.keys.scored, store.take_results)):
+    for stream, take, read in (
+        (store.keys.posterior_updates, store.take_updates, decode_closing),
+        (store.keys.scored, store.take_results, decode),
+    ):
         after = store.memory.cursors.get(stream, "0-0")
         entries = await store.streams.read_stream(stream, after, 100_000, None)
         if entries:
-            await take(store.memory.epoch, decode_entries(entries))
+            await take(store.memory.epoch, decode_entries(entries, read))
 
 
 class Running:

@@ -1,0 +1,1 @@
+"""Tasks of one's own, to copy (docs/own_task.md)."""
