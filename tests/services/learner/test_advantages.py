@@ -21,7 +21,7 @@ def test_the_baseline_is_the_one_frozen_at_the_lease() -> None:
 
 
 def test_a_batch_is_scored_against_its_own_leases_and_by_the_tokens_that_train() -> None:
-    """r − v̂ = (¾, −½) with 2 and 4 trained tokens, of which 3 and 4 were sampled: the token mean of Ã is 0 over 2 + 4."""
+    """r − v̂ = (¾, −½) with 2 and 4 trained tokens of 3 and 4 sampled: the token mean of Ã is 0 over 2 + 4."""
     one = to_sample(trajectory(1, np.random.default_rng(0), version=0), 0, 4)
     batch = []
     for reward, v_hat, trained, sampled in ((1.0, 0.25, 2, 3), (0.0, 0.5, 4, 4)):
