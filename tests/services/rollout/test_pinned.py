@@ -129,7 +129,8 @@ async def test_a_version_that_died_with_its_replica_ends_the_job_by_name(
         await until(lambda: _say(after.finished_at_s is not None), "the next evaluation", 60)
         assert versions(after) == {"5": after.total}
         await until(lambda: _say(not store.memory.open["evaluate"]), "the old job's last leases to end")
-        assert not b.weights.holding or store.memory.pin is not None
+        await until(lambda: _say(not b.weights.holding), "the end of the hold")
+    assert store.memory.pin is None
 
 
 async def test_a_pinned_lease_whose_job_is_gone_is_cancelled(redis: Redis, keys: Keys, tmp_path: Path) -> None:
