@@ -1,8 +1,9 @@
 """Peak memory of one optimizer step over the length of one trajectory: ours, ours recomputing, and a bare loop.
 
-``python -m benchmarks.learner_memory [--quick]``. Each way in a process of its own, which takes a step on each length:
-what counts is the process' peak within that step over what it held before it, weights and moments among it. The model
-is small and its vocabulary large, so that logits would dominate. The plot goes to ``benchmarks/results``.
+``python -m benchmarks.learner_memory [--quick]``: up to 32k tokens, which takes minutes; ``--quick`` three lengths,
+as in `benchmarks.learner`. Each way in a process of its own, which takes a step on each length: what counts is the
+process' peak within that step over what it held before it, weights and moments among it. The model is small and its
+vocabulary large, so that logits would dominate. The plot goes to ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Figure, run
-from benchmarks.learner import worker
+from benchmarks.learner_process import worker
 
 MODEL = {"model": "wide", "dtype": "float32", "micro_batch_tokens": 16_384}
 WAYS = {
-    "peak": ("chunked log-probs", (1, 2, 4, 8, 16)),
-    "peak_recomputed": ("… and activation checkpointing", (1, 2, 4, 8, 16)),
+    "peak": ("chunked log-probs", (1, 2, 4, 8, 16, 32)),
+    "peak_recomputed": ("… and activation checkpointing", (1, 2, 4, 8, 16, 32)),
     "peak_bare": ("bare transformers", (1, 2, 4, 8)),
 }
 """Prefix of the figures → (name in the plot, thousands of tokens)."""
@@ -83,9 +84,9 @@ def bare(thousands: list[int]) -> dict[str, float]:
 
 
 def measure(quick: bool) -> list[Figure]:
-    """Bytes a token; 1,024 and 4,096 tokens alone with ``quick``. Draws the plot where all lengths are measured."""
+    """Bytes a token; three lengths alone with ``quick``. Draws the plot where all lengths are measured."""
     measured = {
-        way: worker("benchmarks.learner_memory", way, {"thousands": [1, 4] if quick else list(thousands)})
+        way: worker("benchmarks.learner_memory", way, {"thousands": [1, 4, 8] if quick else list(thousands)})
         for way, (_, thousands) in WAYS.items()
     }
     if not quick:

@@ -42,7 +42,7 @@ def build(name: str) -> Any:
     heads = {"num_key_value_heads": 3 if name == "smollm2" else 4}
     vocabulary = 49_152 if name == "smollm2" else 32_768
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=vocabulary, max_position_embeddings=16_384, tie_word_embeddings=True, **shape, **heads)
+        LlamaConfig(vocab_size=vocabulary, max_position_embeddings=32_768, tie_word_embeddings=True, **shape, **heads)
     )
 
 
@@ -261,7 +261,7 @@ def trl(settings: dict[str, Any]) -> dict[str, float]:
 
 
 WAYS: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
-    "ours-packed": lambda settings: ours(settings, "packed"),
+    "ours": lambda settings: ours(settings, "packed"),
     "ours-padded": lambda settings: ours(settings, "padded"),
     "bare-padded": lambda settings: bare(settings, packed=False),
     "bare-packed": lambda settings: bare(settings, packed=True),

@@ -11,8 +11,8 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,6 +291,41 @@ def copy_seconds(path: Path) -> float:
     return time.monotonic() - started
 
 
+STAGES = {
+    "pause_generation": "pause",
+    "start_weight_update": "open_layers",
+    "update_weights": "load",
+    "finish_weight_update": "close_layers",
+    "collective_rpc": "compare",
+    "resume_generation": "resume",
+}
+"""What an update asks of the engine while it stands still, in order → its name in the figures."""
+
+
+@contextmanager
+def timed_stages(llm: Any) -> Iterator[dict[str, list[float]]]:
+    """Seconds of every stage of the updates within the block."""
+    seconds: dict[str, list[float]] = {stage: [] for stage in STAGES.values()}
+
+    def timed(call: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        async def measured(*arguments: Any, **options: Any) -> Any:
+            started = time.monotonic()
+            try:
+                return await call(*arguments, **options)
+            finally:
+                seconds[stage].append(time.monotonic() - started)
+
+        return measured
+
+    for method, stage in STAGES.items():
+        setattr(llm, method, timed(getattr(llm, method), stage))
+    try:
+        yield seconds
+    finally:
+        for method in STAGES:
+            delattr(llm, method)  # the class' own again
+
+
 async def updates(engine: Any, config: Config, model: Path, name: str, repeats: int) -> list[Figure]:
     """Stall and total seconds of updates under four running generations, against a plain copy."""
     from services.rollout.generation import GenerationRequest
@@ -298,7 +333,10 @@ async def updates(engine: Any, config: Config, model: Path, name: str, repeats: 
 
     expected = model_tensors(model)
     stalls, totals, copies = [], [], []
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ss-bench-") as memory:
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="ss-bench-") as memory,
+        timed_stages(engine.llm) as stages,
+    ):
         manifest = write_weights(model, Path(memory) / "weights")
         for _ in range(repeats):
             running = [
@@ -322,6 +360,10 @@ async def updates(engine: Any, config: Config, model: Path, name: str, repeats: 
         Figure(f"update_stall_s_{name}", statistics.median(stalls), "s", "generation stands still"),
         Figure(f"update_total_s_{name}", statistics.median(totals), "s", "checksums, pause, load, resume"),
         Figure(f"update_stall_vs_memcpy_{name}", ratio, "ratio", size),
+        *(
+            Figure(f"update_{stage}_s_{name}", statistics.median(seconds), "s", "of the stall")
+            for stage, seconds in stages.items()
+        ),
     ]
 
 

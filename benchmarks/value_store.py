@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import uvicorn
 from redis.asyncio import Redis
 
 from benchmarks import harness
@@ -23,7 +24,6 @@ from benchmarks.exchange_load import measure_exchange
 from benchmarks.harness import Figure
 from benchmarks.rest_load import Latency, measure_rest, running
 from services.value_store import issuing, loops, sampler
-from services.value_store.loops import ENTRIES_PER_BATCH
 from services.value_store.memory import Memory, OpenLease
 from services.value_store.prompts import Prompt
 from services.value_store.store import Store
@@ -99,7 +99,7 @@ async def redis_floor(redis: Redis, keys: Keys, ids: list[str]) -> float:
     other, record, history = Keys(f"{keys.run}-floor"), bytes(46), bytes(108)
     await seed_updates(redis, other, ids)
     cursor, started, place = "0-0", time.perf_counter(), 0
-    while entries := await redis.xread({other.posterior_updates: cursor}, count=ENTRIES_PER_BATCH):
+    while entries := await redis.xread({other.posterior_updates: cursor}, count=4096):
         part = entries[0][1]
         async with redis.pipeline(transaction=False) as pipe:
             for _, fields in part:
@@ -248,7 +248,8 @@ def measure(quick: bool) -> list[Figure]:
                     server.stop()
         return figures
 
-    return asyncio.run(everything())
+    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:  # the service's
+        return runner.run(everything())
 
 
 if __name__ == "__main__":

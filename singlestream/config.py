@@ -19,7 +19,6 @@ from singlestream.validation import problems
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -82,6 +81,11 @@ class Listening(Section):
     """Address to bind; anything but loopback needs a key where the service has one."""
     port: int = Field(ge=1, le=65535)
     """TCP port, one for each service of a machine."""
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://{self.host}:{self.port}"
 
 
 class ValueStoreConfig(Listening):
@@ -247,8 +251,9 @@ class LearnerConfig(Section):
     """Tokens with e^(p−b) outside [1/ratio_mask, ratio_mask] weigh nothing."""
     micro_batch_tokens: int = Field(default=16_384, ge=16)
     """Tokens of one packed micro-batch on one rank; a longer trajectory gets one of its own."""
-    attention: Literal["packed", "padded"] = "padded"
-    """``packed``: one row, no padding; ``padded``: rows of similar length (faster on CPU at short lengths)."""
+    attention: Literal["packed", "padded"] = "packed"
+    """``packed``: one row, no padding; ``padded``: rows of similar length, for models with attention windows
+    (docs/learner.md, the model)."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the forward and backward pass; masters and reductions are fp32."""
     gradient_checkpointing: bool = False
@@ -358,7 +363,7 @@ class Config(BaseSettings):
     @property
     def sandbox_url(self) -> str:
         """Where tool calls go."""
-        return self.rollout.sandbox_url or f"http://{self.sandbox_gateway.host}:{self.sandbox_gateway.port}"
+        return self.rollout.sandbox_url or self.sandbox_gateway.url
 
     @property
     def anchor_share(self) -> float:

@@ -35,6 +35,7 @@ class EmbeddedRedis:
     def __init__(self, folder: Path, fsync: str = "always") -> None:
         self.folder, self.fsync = folder.resolve(), fsync
         self.socket = self.folder / "redis.sock"
+        self.log = self.folder / "redis.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -43,7 +44,10 @@ class EmbeddedRedis:
         return f"unix://{self.socket}"
 
     def command(self) -> list[str]:
-        """The server's command line. Raises `ConfigError` where there is none, or the folder's path is too long."""
+        """The server's command line; it logs to standard output.
+
+        Raises `ConfigError` where there is no server, or the folder's path is too long.
+        """
         if len(os.fsencode(self.socket)) > SOCKET_PATH_BYTES:
             raise ConfigError(f"{self.socket}: longer than a socket's path may be; choose a shorter run.runs_dir")
         settings = {
@@ -55,16 +59,23 @@ class EmbeddedRedis:
             "appendfsync": self.fsync,
             "save": "",
             "maxmemory-policy": "noeviction",
-            "logfile": str(self.folder / "redis.log"),
             "daemonize": "no",
         }
         return [find_server(), *(part for key, value in settings.items() for part in (f"--{key}", value))]
 
-    def start(self, deadline_s: float = 20.0) -> None:
-        """Start the server and wait until it answers. Raises `DeadlineExceeded` or `ConfigError`."""
+    def start(self, deadline_s: float = 60.0) -> None:
+        """Start the server and wait until it answers; one that does not is ended.
+
+        Raises `DeadlineExceeded` or `ConfigError`.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL)
-        self.wait(deadline_s)
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            self.wait(deadline_s)
+        except BaseException:
+            self.kill()
+            raise
 
     def wait(self, deadline_s: float) -> None:
         """Wait until the server answers and has loaded its file."""
@@ -76,7 +87,7 @@ class EmbeddedRedis:
                     return
                 except (redis.ConnectionError, redis.BusyLoadingError) as error:
                     if self.process is not None and self.process.poll() is not None:
-                        raise ConfigError(f"redis-server ended at once; see {self.folder / 'redis.log'}") from error
+                        raise ConfigError(f"redis-server ended at once; see {self.log}") from error
                     if time.monotonic() - started > deadline_s:
                         raise DeadlineExceeded(f"the embedded Redis at {self.socket}", deadline_s) from error
                     time.sleep(0.02)

@@ -1,4 +1,7 @@
-"""A real Redis for every test that asks: one private server a session, a run name of its own a test."""
+"""A real Redis for every test that asks: one private server a session, a run name of its own a test.
+
+No property test depends on speed: hypothesis' own limits on the time of an example are off.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from redis.asyncio import Redis
 
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys, connect
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 _numbers = itertools.count(1)
 

@@ -75,8 +75,8 @@ def normalise(raw_N: Floats, tokens_N: NDArray[np.int64], over: Literal["token",
     total = weights_N.sum()
     if total < 2:
         return np.zeros(len(raw_N))
-    mean = (weights_N * raw_N).sum() / total
-    centred_N: Floats = raw_N - mean
+    centred_N: Floats = raw_N - (weights_N * raw_N).sum() / total
+    centred_N -= (weights_N * centred_N).sum() / total  # the mean's own rounding: a deviation near 0 would raise it
     deviation = np.sqrt((weights_N * centred_N**2).sum() / (total - 1))
     return np.asarray(centred_N / (deviation + EPSILON))
 

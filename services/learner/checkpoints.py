@@ -312,7 +312,7 @@ class Checkpoints:
                 log.warning("no resume pointer in redis: starting afresh, ignoring %s", ", ".join(ignored))
             return None
         problems = []
-        for name in json.loads(self.ranks.broadcast(json.dumps(self._candidates(pointer)).encode())):
+        for name in json.loads(self.ranks.from_first(lambda: json.dumps(self._candidates(pointer)).encode())):
             problem = self._found_wrong(name)
             if not problem:
                 return str(name)
@@ -333,11 +333,13 @@ class Checkpoints:
 
     def _found_wrong(self, name: str) -> str:
         """`problem`, or the first file that fails its checksum. Collective: each rank reads its share of the files."""
-        path, said = self.folder / name, b""
-        if self.ranks.first:
+        path = self.folder / name
+
+        def look() -> bytes:
             problem = self.problem(path)
-            said = json.dumps([problem, {} if problem else read_state(path)["files"]]).encode()
-        problem, files = json.loads(self.ranks.broadcast(said))
+            return json.dumps([problem, {} if problem else read_state(path)["files"]]).encode()
+
+        problem, files = json.loads(self.ranks.from_first(look))
         if problem:
             return str(problem)
         mine = list(enumerate(sorted(files)))[self.ranks.rank :: self.ranks.world]

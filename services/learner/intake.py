@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,7 @@ from services.learner.ranks import Ranks
 from services.learner.redis_link import RedisLink
 from services.learner.samples import Sample, check_scorable, to_sample
 from singlestream.contracts import Message, PosteriorUpdate, Trajectory, decode
-from singlestream.errors import ContractError, DeadlineExceeded, SinglestreamError
+from singlestream.errors import ContractError, DeadlineExceeded
 from singlestream.streams.anchors import is_anchored
 
 log = logging.getLogger(__name__)
@@ -246,32 +247,26 @@ class Intake:
         started = time.monotonic()
         while True:
             stopping = self.ranks.any(self.stop.requested)
-            header, failure = self._header(step, stopping) if self.reader else (None, None)
-            answer = msgpack.unpackb(self.ranks.broadcast(header))
-            if answer["kind"] == "failed":
-                raise failure or SinglestreamError(f"rank 0 failed: {answer['cause']}")
+            answer = msgpack.unpackb(self.ranks.from_first(partial(self._answer, step, stopping)))
             if answer["kind"] == "stop":
                 log.info("stopping after step %d: %s", step, answer["cause"])
                 return None
             if answer["kind"] == "batch":
                 return self._batch(answer, step, time.monotonic() - started)
 
-    def _header(self, step: int, stopping: bool) -> tuple[bytes, Exception | None]:
+    def _answer(self, step: int, stopping: bool) -> bytes:
+        """Rank 0's word to all: go on waiting, stop, or train this batch."""
         assert self.reader is not None  # noqa: S101  rank 0 has a reader
-        failure: Exception | None = None
         answer: dict[str, Any] = {"kind": "wait"}
-        status = self.reader.link.status
-        try:
-            if stopping:
-                answer = {"kind": "stop", "cause": "a signal asked for it"}
-            elif self.reader.poll(step):
-                answer = self._complete()
-            else:
-                status.state, status.waiting_for = "waiting", self.reader.waiting_for()
-        except Exception as error:  # every rank must hear of it before this one raises
-            failure = error
-            answer = {"kind": "failed", "cause": f"{type(error).__name__}: {error}"}
-        return bytes(msgpack.packb(answer)), failure
+        if stopping:
+            answer = {"kind": "stop", "cause": "a signal asked for it"}
+        elif self.reader.poll(step):
+            answer = self._complete()
+        else:
+            status = self.reader.link.status
+            status.waiting_for = self.reader.waiting_for()  # first: a heartbeat may be sent between the two
+            status.state = "waiting"
+        return bytes(msgpack.packb(answer))
 
     def _complete(self) -> dict[str, Any]:
         assert self.reader is not None  # noqa: S101  rank 0 has a reader

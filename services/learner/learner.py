@@ -91,31 +91,27 @@ class Learner:
             self._observers = Observers(observers_of(config, self.step), self._metrics.count_tracking_failure)
 
     def _take_over(self) -> tuple[int, str]:
-        answer = b""
-        if self.link is not None:
+        """Take the fence; returns this start's lineage and token, the same on every rank. Collective."""
+
+        def take_over() -> bytes:
+            assert self.link is not None  # noqa: S101  rank 0's
             link = self.link
             lineage = link.call(link.streams.take_over, "the learner's fence")
             link.status.lineage = lineage
             link.start_heartbeat()
-            answer = f"{lineage} {link.streams.token}".encode()
-        lineage_text, token = self.ranks.broadcast(answer).decode().split()
-        return int(lineage_text), token
+            return f"{lineage} {link.streams.token}".encode()
+
+        lineage, token = self.ranks.from_first(take_over).decode().split()
+        return int(lineage), token
 
     def _resume(self) -> LearnerState:
-        """Load the checkpoint that the resume pointer names, or begin at step 0."""
-        answer = b""
-        failure: Exception | None = None
-        if self.link is not None:
-            streams = self.link.streams
-            try:
-                pointer = self.link.call(streams.resume_name, "the resume pointer")
-                answer = (pointer or "-").encode()
-            except SinglestreamError as error:  # the others must hear of it before this rank raises
-                failure, answer = error, f"!{error}".encode()
-        said = self.ranks.broadcast(answer).decode()
-        if said.startswith("!"):
-            raise failure or SinglestreamError(f"rank 0 failed: {said[1:]}")
-        name = self.checkpoints.choose(None if said == "-" else said)
+        """Load the checkpoint that the resume pointer names, or begin at step 0. Collective."""
+
+        def pointer() -> bytes:
+            assert self.link is not None  # noqa: S101  rank 0's
+            return (self.link.call(self.link.streams.resume_name, "the resume pointer") or "").encode()
+
+        name = self.checkpoints.choose(self.ranks.from_first(pointer).decode() or None)
         if name is None:
             torch.manual_seed(self.config.run.seed)
             return LearnerState(0, 0.0, 0, Position())

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from singlestream.errors import SinglestreamError
+
+GOOD = b"\0"
+"""What rank 0's answers begin with, and no text of an error does."""
 
 
 class Ranks:
@@ -51,14 +57,33 @@ class Ranks:
         """One dimension over all ranks."""
         return init_device_mesh(self.device.type, (self.world,))
 
-    def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank."""
+    def from_first(self, ask: Callable[[], bytes]) -> bytes:
+        """What ``ask`` returns on rank 0, on every rank. Collective.
+
+        Raises:
+            SinglestreamError: it failed, on every rank; on rank 0 whatever it raised, elsewhere with that as the cause.
+        """
+        answer, failure = b"", None
+        if self.first:
+            try:
+                answer = GOOD + ask()
+            except Exception as error:  # the others must hear of it before this rank raises
+                answer, failure = f"{type(error).__name__}: {error}".encode(), error
+        said = self.broadcast(answer)
+        if failure is not None:
+            raise failure
+        if not said.startswith(GOOD):
+            raise SinglestreamError(f"rank 0 failed: {said.decode()}")
+        return said.removeprefix(GOOD)
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank. Collective."""
         if self.world == 1:
-            return data or b""
-        size = torch.tensor([len(data or b"")], dtype=torch.int64)
+            return data
+        size = torch.tensor([len(data)], dtype=torch.int64)
         dist.broadcast(size, 0)
         if self.first:
-            buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: int(size)]
+            buffer = torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)[: int(size)]
         else:
             buffer = torch.empty(int(size), dtype=torch.uint8)
         if len(buffer):

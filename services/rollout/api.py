@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.rollout import completions
 from services.rollout.episode import NothingSampled, PromptTooLong
 from services.rollout.generation import EngineDead
 from singlestream.contracts import Sampling
 from singlestream.errors import ConfigError, SandboxError
+from singlestream.streams import LOST
 
 if TYPE_CHECKING:
     from services.rollout.replica import Replica
@@ -64,10 +63,10 @@ class ControlRequest(BaseModel):
 
 @contextmanager
 def _redis_needed() -> Iterator[None]:
-    """503 where Redis is away."""
+    """503 where Redis is away or refuses."""
     try:
         yield
-    except (RedisConnectionError, RedisTimeoutError) as error:
+    except LOST as error:
         raise HTTPException(503, f"Redis is away, nothing may have changed: {error}") from error
 
 
@@ -95,7 +94,7 @@ def create_app(replica_of: Callable[[], Replica]) -> FastAPI:
         replica = replica_of()
         if replica.waiting_for is not None:
             raise HTTPException(503, replica.waiting_for)
-        return {"status": "ready", "replica": replica.name, **replica.worker.report()}
+        return {"status": "ready", "run": replica.config.run.name, "replica": replica.name, **replica.worker.report()}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -147,8 +148,6 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """All answers at once."""
-        import asyncio
-
         samples = await asyncio.gather(*(self._sample(number) for number in range(self.request.n)))
         completion_tokens = sum(len(tokens) for _, tokens in samples)
         usage = {

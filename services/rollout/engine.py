@@ -126,6 +126,7 @@ class VllmEngine:
             self._llm = llm
             await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
             await llm.update_weight_version(version_label(*MODEL_FOLDER))
+            await llm.collective_rpc("unlink_shared_memory")
         gc.collect()
         gc.freeze()  # the modules and models loaded so far; a full collection over them holds every request up
         self._open.set()

@@ -183,7 +183,7 @@ class LeaseRunner:
             return True
         cause = "stop"
         try:
-            if await _unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):
+            if await unless(running.interrupt, self.weights.ensure(lease.version, lease.lineage)):
                 return True
         except WeightsHeld:
             cause = "pin"
@@ -239,7 +239,7 @@ class LeaseRunner:
         return await persist(call, what, deadline_s, lambda _: self.metrics.redis_retries.labels("write").inc())
 
 
-async def _unless(interrupt: asyncio.Event, wait: Coroutine[Any, Any, None]) -> bool:
+async def unless(interrupt: asyncio.Event, wait: Coroutine[Any, Any, Any]) -> bool:
     """Wait, but no longer than until ``interrupt`` is set; False if it was. Passes the wait's error on."""
     tasks = [asyncio.create_task(wait), asyncio.create_task(_wait_for(interrupt))]
     try:

@@ -12,6 +12,7 @@ import os
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ray.serve.config import RequestRouterConfig
 
 from services.rollout.api import create_app
 from services.rollout.process_env import apply_engine_variables, has_gpu
+from services.rollout.ray_start import patiently
 from services.rollout.scaling import OBJECT_STORE_BYTES, SLOT_RESOURCE
 from singlestream.config import Config, load_config
 from singlestream.streams import Keys
@@ -195,7 +197,7 @@ def _replica_count(config: Config, by_slots: bool) -> dict[str, Any]:
 
 
 def start_ray(config: Config) -> None:
-    """Join ``rollout.ray_address``, or start a private Ray on this machine."""
+    """Join ``rollout.ray_address``, or start a private Ray on this machine. Raises `DeadlineExceeded`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     root = str(Path(__file__).resolve().parents[2])
@@ -204,15 +206,17 @@ def start_ray(config: Config) -> None:
     if config.rollout.ray_address is not None:
         ray.init(address=config.rollout.ray_address, logging_level=logging.WARNING)
         return
-    ray.init(
+    start = partial(
+        ray.init,
         address="local",
         num_cpus=max(4, os.cpu_count() or 1),
         resources={SLOT_RESOURCE: _local_slots(config)},
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=tempfile.mkdtemp(prefix="ss-ray-"),  # short: Ray's sockets lie in it
         logging_level=logging.WARNING,
     )
+    # a short folder: Ray's sockets lie in it
+    patiently(lambda: start(_temp_dir=tempfile.mkdtemp(prefix="ss-ray-")), config.rollout.engine_start_timeout_s)
     log.info("Ray runs here; nodes join it at %s", ray.get_runtime_context().gcs_address)
 
 

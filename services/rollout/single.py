@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -25,8 +26,6 @@ class _Server(uvicorn.Server):
 
     def capture_signals(self):  # type: ignore[no-untyped-def]
         """Likewise, in newer versions."""
-        import contextlib
-
         return contextlib.nullcontext()
 
 

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from services.rollout.process_env import OWNER_VARIABLE
 from services.rollout.weight_verify import verify
 
 BACKEND = "mapped_file"
+ENGINE_MEMORY = "/dev/shm/psm_"  # noqa: S108  a name that is compared, not made
+"""How the shared memory begins by which vLLM's processes speak with each other (Python's ``SharedMemory``)."""
 
 
 @dataclass
@@ -112,6 +115,17 @@ class WorkerExtension:
             see `weight_verify.verify`.
         """
         return verify(self.model_runner.model, dict(_mapped_tensors(MappedFileUpdate(**update))))
+
+    def unlink_shared_memory(self) -> None:
+        """Take the names of the engine's shared memory away, once all of its processes have it mapped.
+
+        So none stays on the machine, however they end: Ray kills Python's own tracker, which would tidy, with a killed
+        replica. At an orderly end vLLM looks for the names and says so on stderr (`FileNotFoundError`, ignored).
+        """
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            path = line.split(maxsplit=5)[-1]
+            if path.startswith(ENGINE_MEMORY):
+                Path(path).unlink(missing_ok=True)
 
 
 def _end_with_owner() -> None:

@@ -12,13 +12,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from redis.exceptions import ResponseError
 
 from services.rollout.generation import EngineDead
-from services.rollout.lease_run import LeaseRunner, Running
+from services.rollout.lease_run import LeaseRunner, Running, unless
 from singlestream.contracts import Purpose
 from singlestream.streams import LOST, Held
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TAKE_BLOCK_MS = 500
 POLL_S = 0.05
+REDIS_RETRY_S = 0.5
 REPORT_S = 2.0
 PROBE_S = 1.0
 """After a fault of the sandbox no lease is taken until the gateway is healthy again; it is asked this often."""
@@ -47,9 +48,11 @@ class RolloutWorker:
         self.paused = False
         """Whether the operator has replicas take no leases; what runs goes on."""
         self._heeding = asyncio.Lock()
-        self._stop = runner.stopping
+        self._stop, self._over = runner.stopping, asyncio.Event()
+        """The stop is asked for; every episode has ended or been handed over."""
         self._dead: EngineDead | None = None
-        self._redis_away_at_s = -math.inf
+        self._beat_at_s, self._silent_at_s = time.monotonic(), -math.inf
+        """When the leases were last kept alive, and when Redis was last away or this process stood still."""
         self.metrics.in_use.set_function(lambda: self._in_use)
 
     async def run(self) -> None:
@@ -59,25 +62,30 @@ class RolloutWorker:
             EngineDead: the engine is gone; the leases have been handed over, and the process must exit.
         """
         self.metrics.slots.set(self.settings.slots)
-        loops: list[Coroutine[Any, Any, None]] = [
-            self._take_loop(),
-            self._every(self.settings.lease_timeout_s / 4, "heartbeat", self._heartbeat),
-            self._every(self.settings.lease_timeout_s / 2, "claim", self._claim),
-            self._every(REPORT_S, "report", self._report),
-            self.weights.run(self._stop),
+        self._beat_at_s = time.monotonic()
+        work = [asyncio.create_task(loop) for loop in (self._take_loop(), self.weights.run(self._stop))]
+        beside = [
+            asyncio.create_task(self._every(seconds, what, call))
+            for seconds, what, call in (
+                (self.settings.lease_timeout_s / 4, "heartbeat", self._heartbeat),
+                (self.settings.lease_timeout_s / 2, "claim", self._claim),
+                (REPORT_S, "report", self._report),
+            )
         ]
-        tasks = [asyncio.create_task(loop) for loop in loops]
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, *work, *beside}, return_when=asyncio.FIRST_COMPLETED)
             self._stop.set()
-            # what the last take brings has to be put back too
-            await asyncio.wait(tasks[:1], timeout=2 * TAKE_BLOCK_MS / 1000)
-            await self._end_episodes()
+            await self._hand_over(work[0])
+            await self._end_loops(work)
         finally:
             stopping.cancel()
-            await self._end_loops(tasks)
-            await self._sign_off()
+            self._stop.set()
+            self._over.set()
+            try:
+                await self._end_loops([*work, *beside])
+            finally:
+                await self._sign_off()
         if self._dead is not None:
             raise self._dead
 
@@ -86,13 +94,13 @@ class RolloutWorker:
         self._stop.set()
 
     async def _end_loops(self, tasks: list[asyncio.Task[None]]) -> None:
-        """Let each loop see `stop`, then end the rest; raise the first loop's own error."""
+        """Let each loop see its end, then end the rest; raise the first loop's own error."""
         done, late = await asyncio.wait(tasks, timeout=self.settings.stop_timeout_s)
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
         for task in done:
-            error = task.exception()
+            error = None if task.cancelled() else task.exception()
             if isinstance(error, EngineDead):
                 self._dead = self._dead or error
             elif error is not None:
@@ -101,8 +109,8 @@ class RolloutWorker:
     # taking
 
     async def _take_loop(self) -> None:
-        await self.runner.persist(self.consumer.join, "joining the consumer group")
-        await self.runner.persist(self._report, "the first report")  # a node that drains takes nothing
+        await self._persist(self.consumer.join, "joining the consumer group")
+        await self._persist(self._report, "the first report")  # a node that drains takes nothing
         while not self._stop.is_set():
             free = self._free
             if free <= 0 or self.paused:
@@ -116,11 +124,16 @@ class RolloutWorker:
             except LOST as error:
                 self.metrics.redis_retries.labels("take").inc()
                 log.warning("Redis is away (%s); taking leases again when it is back", error)
-                await self.runner.persist(self.consumer.redis.ping, "taking leases")
+                await self._nap(REDIS_RETRY_S)  # it may answer, and refuse
+                await self._persist(self.consumer.redis.ping, "taking leases")
             except ResponseError as error:
                 if "NOGROUP" not in str(error):
                     raise
-                await self.runner.persist(self.consumer.join, "joining the consumer group again")
+                await self._persist(self.consumer.join, "joining the consumer group again")
+
+    async def _persist(self, call: Callable[[], Awaitable[Any]], what: str) -> None:
+        """Wait for Redis, but no longer than until the stop. Raises `DeadlineExceeded`."""
+        await unless(self._stop, self.runner.persist(call, what))
 
     @property
     def _in_use(self) -> int:
@@ -187,13 +200,13 @@ class RolloutWorker:
     # the loops beside
 
     async def _every(self, seconds: float, what: str, call: Callable[[], Awaitable[None]]) -> None:
-        """Call again and again until the worker stops; a missing Redis is waited for by the next call."""
-        while not self._stop.is_set() or (what == "heartbeat" and self.running):
+        """Call again and again until every episode is over; a missing Redis is waited for by the next call."""
+        while not self._over.is_set():
             started = time.monotonic()
             try:
                 await call()
             except LOST as error:
-                self._redis_away_at_s = time.monotonic()
+                self._silent_at_s = time.monotonic()
                 self.metrics.redis_retries.labels(what).inc()
                 log.warning("%s: Redis is away: %s", what, error)
             except ResponseError as error:
@@ -202,9 +215,7 @@ class RolloutWorker:
                 log.warning("%s: the consumer group is not there yet", what)
             pause_s = max(0.1, seconds - (time.monotonic() - started))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), pause_s)
-            if self._stop.is_set():
-                await asyncio.sleep(0.1)
+                await asyncio.wait_for(self._over.wait(), pause_s)
 
     async def _heartbeat(self) -> None:
         """Keep the leases alive, and cancel the episodes of those that are lost.
@@ -215,6 +226,9 @@ class RolloutWorker:
         for number in await self.consumer.heartbeat([running.held for running in beating.values()]):
             if self.running.get(number) is beating[number] and not beating[number].ending:
                 self._cancel_lost(beating[number])
+        before_s, self._beat_at_s = self._beat_at_s, time.monotonic()
+        if self._beat_at_s - before_s > self.settings.lease_timeout_s / 2:
+            self._silent_at_s = self._beat_at_s
 
     def _cancel_lost(self, running: Running) -> None:
         log.warning("lease %s is no longer ours: its episode is cancelled", running.held.lease.lease_id)
@@ -224,8 +238,12 @@ class RolloutWorker:
             running.task.cancel()
 
     async def _claim(self) -> None:
-        """Take over what silent replicas hold, but not just after Redis was away: living ones were as silent then."""
-        if time.monotonic() - self._redis_away_at_s < self.settings.lease_timeout_s / 2:
+        """Take over what silent replicas hold, but not just after being silent: living ones may have been so as well.
+
+        They were if Redis was away, or if the machine stood still. A replica's own leases are then among the old ones.
+        """
+        most_s, now = self.settings.lease_timeout_s / 2, time.monotonic()
+        if now - self._beat_at_s > most_s or now - self._silent_at_s < most_s:
             return
         moved = await self.consumer.claim_dead(self.settings.lease_timeout_s, self.settings.max_attempts)
         if moved:
@@ -270,19 +288,25 @@ class RolloutWorker:
 
     # the end
 
-    async def _end_episodes(self) -> None:
-        """Interrupt every episode, so that it puts its lease back; cancel what does not by the deadline."""
-        for running in self.running.values():
-            running.interrupt.set()
-        tasks = [running.task for running in self.running.values() if running.task is not None]
-        if not tasks:
-            return
-        log.info("handing %d unfinished episodes over", len(tasks))
-        _, late = await asyncio.wait(tasks, timeout=self.settings.stop_timeout_s)
+    async def _hand_over(self, taking: asyncio.Task[None]) -> None:
+        """Have every episode put its lease back, also what the last take still brings; cancel what is late."""
+        if self.running:
+            log.info("handing %d unfinished episodes over", len(self.running))
+        deadline_s = time.monotonic() + self.settings.stop_timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            for running in self.running.values():
+                running.interrupt.set()
+            unended = {one.task for one in self.running.values() if one.task is not None}
+            if not taking.done():
+                unended.add(taking)
+            if not unended:
+                return
+            await asyncio.wait(unended, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        late = [one.task for one in self.running.values() if one.task is not None]
         for task in late:
             log.error("lease %s could not be handed over in time; others take it after its time-out", task.get_name())
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*late, return_exceptions=True)
 
     async def _sign_off(self) -> None:
         with contextlib.suppress(*LOST):

@@ -17,6 +17,10 @@ class Metrics:
         registry, prefix = self.registry, "singlestream_sandbox"
         self.runs = Counter(f"{prefix}_runs", "Runs that had an outcome", ["status"], registry=registry)
         """By status of the result."""
+        self.truncated = Counter(
+            f"{prefix}_truncated", "Outputs longer than a result may carry", ["stream"], registry=registry
+        )
+        """By ``stdout`` and ``stderr``; the result says so too, and holds the first and the last of it."""
         self.faults = Counter(f"{prefix}_faults", "Requests that ended without an outcome", ["code"], registry=registry)
         """By problem code; ``disconnected`` where the caller went away."""
         self.run_s = Histogram(f"{prefix}_run_seconds", "Wall time of runs", buckets=_RUN_BUCKETS, registry=registry)

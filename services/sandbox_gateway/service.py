@@ -174,6 +174,8 @@ class SandboxService:
     def _count(self, result: ExecuteResult, execution: Execution) -> None:
         self.metrics.runs.labels(result.status).inc()
         self.metrics.run_s.observe(result.usage.wall_s)
+        for stream, cut in (("stdout", result.stdout_truncated), ("stderr", result.stderr_truncated)):
+            self.metrics.truncated.labels(stream).inc(cut)
         if execution.kill_overshoot_s is not None:
             self.metrics.kill_overshoot_s.observe(execution.kill_overshoot_s)
         self._mean_run_s += 0.05 * (result.usage.wall_s - self._mean_run_s)

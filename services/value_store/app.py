@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from services.value_store import routes_exchange, routes_jobs, routes_page, routes_prompts, routes_run
 from services.value_store.bounds import Bounds
+from services.value_store.examples import EXAMPLES
 from services.value_store.problems import problem, problem_docs
 from services.value_store.prompts import Refused
 from services.value_store.schemas import Problem
@@ -92,13 +93,15 @@ def make_app(store: Store, settings: ValueStoreConfig) -> FastAPI:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: FastAPI's, with the schema of errors that every answer shares."""
+    """The OpenAPI document: FastAPI's, with an example of each body and the schema of errors that all answers share."""
     if not app.openapi_schema:
         document = FastAPI.openapi(app)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas["Problem"] = Problem.model_json_schema()
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        for name, example in EXAMPLES.items():
+            schemas[name]["examples"] = [example]
     return app.openapi_schema or {}
 
 

@@ -40,6 +40,12 @@ class Calibration:
         count = self.sums[:, 0].sum()
         return float(self.sums[:, 3].sum() / count) if count else None
 
+    @property
+    def error(self) -> float | None:
+        """Expected calibration error: mean over the evidence of |mean r − mean v̂| of its bin; None before any."""
+        count, v_hat, reward, _ = self.sums.T
+        return float(np.abs(reward - v_hat).sum() / count.sum()) if count.any() else None
+
     def table(self) -> list[dict[str, float | int]]:
         """Reliability: for each bin with evidence its count, mean v̂ and mean reward."""
         return [

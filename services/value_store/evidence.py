@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import NamedTuple, TypeVar
+from itertools import chain, repeat
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -28,7 +28,7 @@ from singlestream.streams.anchors import is_anchored
 from singlestream.streams.ledger import Change
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One entry of a stream.
 
     Args:
@@ -213,7 +213,7 @@ def plan_updates(
                 break
             seen.add(lease.row)
             counted.append((update, lease))
-        change.close(update.lease_id, update.outcome)
+        change.closes["train", update.outcome].append(update.lease_id)
     if anchor_share:
         change.anchors = [(u.prompt_id, u.lease_id) for u, _ in counted if is_anchored(u.prompt_id, anchor_share)]
     memory.clock.require({update.version for update, _ in counted if update.version is not None})
@@ -256,11 +256,10 @@ def _revise(batch: Batch, counted: Sequence[_Counted], memory: Memory, retention
     }
     ids = [lease.prompt_id for lease in leases]
     batch.change.values = dict(zip(ids, table.records(rows, **batch.columns), strict=True))
-    columns = (rho, before, posterior.v_hat(alpha, beta), alpha + beta, z)
-    batch.change.history = [
-        (prompt, _pack((u.lease_id, u.outcome, u.version, u.reward, *numbers, now_s)))
-        for prompt, u, *numbers in zip(ids, updates, *(c.tolist() for c in columns), at_lease, strict=True)
-    ]
+    said = ([getattr(update, name) for update in updates] for name in ("lease_id", "outcome", "version", "reward"))
+    found = (column.tolist() for column in (rho, before, posterior.v_hat(alpha, beta), alpha + beta, z))
+    records = map(_pack, zip(*said, *found, at_lease, repeat(now_s)))
+    batch.change.history = list(zip(ids, records, strict=True))
     batch.calibration = memory.calibration.with_evidence(np.array(at_lease), reward)
     batch.change.calibration = batch.calibration.pack()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import ijson
 import pyarrow as pa
+import pyarrow.json as json_reader
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
@@ -153,13 +154,15 @@ class ParquetParts:
 
     def __init__(self) -> None:
         self._sink = io.BytesIO()
-        self._sent = 0
         self._writer = pq.ParquetWriter(_Forward(self._sink), COLUMNS)
 
     def add(self, prompts: Sequence[PromptValue]) -> bytes:
-        """Write prompts as a row group; returns the bytes that are ready."""
-        rows = [prompt.model_dump(include=set(COLUMNS.names)) for prompt in prompts]
-        self._writer.write_table(pa.Table.from_pylist(rows, COLUMNS))
+        """Write prompts, at least one, as a row group; returns the bytes that are ready."""
+        # Arrow reads the lines itself: to take Python's objects it would load all of pandas first.
+        lines = ndjson_lines(prompts)
+        whole = json_reader.ReadOptions(use_threads=False, block_size=len(lines) + 1)
+        columns = json_reader.ParseOptions(explicit_schema=COLUMNS, unexpected_field_behavior="ignore")
+        self._writer.write_table(json_reader.read_json(io.BytesIO(lines), whole, columns))
         return self._drain()
 
     def finish(self) -> bytes:

@@ -12,15 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from services.value_store import sampler
+from services.value_store import posterior, sampler
 from services.value_store.jobs import Job
-from services.value_store.memory import Memory
+from services.value_store.memory import Memory, OpenLease
 from services.value_store.pinning import Replica, current_evaluation
 from services.value_store.posterior import Retention
+from services.value_store.prompts import Prompt
 from services.value_store.table import SPLITS, Table
 from singlestream.config import ValueStoreConfig
-from singlestream.contracts import Purpose
+from singlestream.contracts import Lease, Purpose, Sampling, lease_id
+from singlestream.errors import UnknownOutcome
 from singlestream.streams.pins import Pin
+
+Drawn = tuple[str, Job | None, int, Sampling]
+"""Prompt id, job and item that ask for it (None, 0 for training), and how it is sampled."""
 
 FORGOTTEN_S = 3600.0
 """After so long a replica's last report is removed."""
@@ -169,3 +174,51 @@ def fade_of(memory: Memory, retention: Retention) -> NDArray[np.float64]:
 def training_prompts(table: Table) -> int:
     """Prompts that training may draw, in flight or not."""
     return int(np.count_nonzero(table.split == SPLITS.index("train")))
+
+
+def make_leases(
+    memory: Memory,
+    purpose: Purpose,
+    drawn: Sequence[tuple[Drawn, Prompt | None]],
+    mean_reward: float | None,
+    shrinkage: float,
+    now_s: float,
+) -> list[tuple[Lease, OpenLease]]:
+    """Leases with the values frozen now, and what the ledger keeps of them.
+
+    Args:
+        memory: not changed.
+        purpose: of all of them.
+        drawn: what to lease, with its text; None where Redis holds none.
+        mean_reward: of the last batch, what v̂ is shrunk towards; None: not at all.
+        shrinkage: κ ≥ 0, in observations.
+        now_s: Unix time.
+
+    Raises:
+        UnknownOutcome: Redis and memory disagree on a prompt.
+    """
+    published = (memory.newest.version, memory.newest.lineage) if memory.newest else (0, 0)
+    leases = []
+    for n, ((prompt_id, job, item, sampling), prompt) in enumerate(drawn, memory.issued[purpose] + 1):
+        row = memory.table.row(prompt_id)
+        if prompt is None or row is None:
+            raise UnknownOutcome(f"prompt {prompt_id} has a value but no text in Redis")
+        v_hat = float(posterior.shrunk(memory.table.alpha[row], memory.table.beta[row], mean_reward, shrinkage))
+        version, lineage = (job.policy if job else None) or published
+        job_id = job.job_id if job else None
+        lease = Lease(
+            lease_id=lease_id(purpose, memory.epoch, n),
+            prompt_id=prompt_id,
+            question=prompt.question,
+            answer=prompt.answer,
+            environment=prompt.environment,
+            v_hat=v_hat,
+            version=version,
+            lineage=lineage,
+            sampling=sampling,
+            job=job_id,
+            pinned=job.pinned if job else False,
+            issued_at_s=now_s,
+        )
+        leases.append((lease, OpenLease(prompt_id, v_hat, version, now_s, job_id, item, row)))
+    return leases

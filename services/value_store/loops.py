@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from services.value_store import evaluations, issuing
 from services.value_store.evidence import Decode, Entry, decode_entries
@@ -24,43 +25,56 @@ from singlestream.streams.queues import ask_oldest
 
 log = logging.getLogger(__name__)
 
-ENTRIES_PER_BATCH = 4096
-RESULTS_PER_BATCH = 256
+UPDATES_PER_READ, UPDATES_AHEAD = 768, 8
+"""Updates of one reply, and replies read and decoded while earlier ones are written. 768 are about 150 KB: such a reply
+fits a socket's buffer, so it has left Redis before the next script holds it up."""
+RESULTS_PER_READ, RESULTS_AHEAD = 256, 2
 """Results carry whole trajectories: 256 of 32k tokens are about 80 MB."""
-BATCHES_AHEAD = 2
-"""Batches read and decoded while earlier ones are computed and written."""
 BLOCK_MS = 1000
 TICK_S = 0.05
 """A replica's free slot waits at most so long, and a script, for its next lease."""
 TRAJECTORIES_PER_LOOK = 32
 CHECK_EVERY_S = 1.0
-"""How often Redis' memory and its run id are read."""
+"""How often Redis' memory, its run id and the fence are read."""
 TIDY_EVERY_S = 60.0
 
 
 async def follow_updates(store: Store) -> None:
     """Apply ``posterior_updates`` as they arrive."""
-    await _follow(store, store.keys.posterior_updates, ENTRIES_PER_BATCH, decode_closing, store.take_updates)
+    await _follow(
+        store, store.keys.posterior_updates, UPDATES_PER_READ, UPDATES_AHEAD, decode_closing, store.take_updates
+    )
 
 
 async def follow_results(store: Store) -> None:
     """Apply ``results`` as they arrive."""
-    await _follow(store, store.keys.scored, RESULTS_PER_BATCH, decode, store.take_results)
+    await _follow(store, store.keys.scored, RESULTS_PER_READ, RESULTS_AHEAD, decode, store.take_results)
 
 
 async def _follow(
-    store: Store, stream: str, count: int, decode: Decode, take: Callable[[str, Sequence[Entry]], Awaitable[None]]
+    store: Store,
+    stream: str,
+    count: int,
+    ahead: int,
+    decode: Decode,
+    take: Callable[[str, Sequence[Entry]], Awaitable[None]],
 ) -> None:
     while True:
         await store.until_ready()
         memory = store.memory
-        batches, room = asyncio.Queue[list[Entry]](), asyncio.Semaphore(BATCHES_AHEAD)
+        batches, room = asyncio.Queue[list[Entry]](), asyncio.Semaphore(ahead)
         after = memory.cursors.get(stream, "0-0")
         reading = asyncio.create_task(_read(store, stream, after, count, decode, batches, room))
         try:
-            while entries := await batches.get():
-                room.release()
-                await take(memory.epoch, entries)
+            more = True
+            while more:
+                found = [await batches.get()]
+                while not batches.empty():
+                    found.append(batches.get_nowait())
+                for _ in found:
+                    room.release()
+                await take(memory.epoch, list(chain.from_iterable(found)))
+                more = bool(found[-1])
         except NotReady:
             await asyncio.sleep(TICK_S)
         finally:
@@ -79,7 +93,7 @@ async def _read(
     batches: asyncio.Queue[list[Entry]],
     room: asyncio.Semaphore,
 ) -> None:
-    """Put decoded batches into the queue until nothing comes for `BLOCK_MS`; an empty one is the last."""
+    """Put decoded replies into the queue until nothing comes for `BLOCK_MS`; an empty one is the last."""
     try:
         await room.acquire()
         while raw := await store.streams.read_stream(stream, after, count, BLOCK_MS):
@@ -156,17 +170,19 @@ async def tidy(store: Store) -> None:
 
 
 async def check_redis(store: Store) -> None:
-    """Notice a restart of Redis, and memory that runs out; read what the page shows of the others."""
+    """Notice a restart of Redis, memory that runs out, another store; read what the page shows of the others."""
     keys, recent, cursors = store.keys, store.recent, store.memory.cursors
     applied = {stream: cursors.get(stream, "0-0") for stream in (keys.posterior_updates, keys.scored)}
     kept = dict.fromkeys((keys.trajectories, keys.dead_letters, *map(keys.leases, PURPOSES)), "0-0")
     async with store.redis.pipeline(transaction=False) as pipe:
         pipe.info()
+        pipe.get(keys.fence("value_store"))
         pipe.get(keys.learner)
         ask_oldest(pipe, applied | kept)
         for stream in (keys.trajectories, keys.posterior_updates, keys.scored, keys.dead_letters):
             pipe.xlen(stream)
-        info, heartbeat, ages_ms, *lengths = await pipe.execute()
+        info, fence, heartbeat, ages_ms, *lengths = await pipe.execute()
+    store.streams.check_fence(fence)  # a store that has nothing to write would not learn it otherwise
     if str(info["run_id"]) != store.memory.redis_run_id:
         store.doubt(ConnectionError("Redis has restarted"))
         return

@@ -98,6 +98,9 @@ def _posterior(store: Store, memory: Memory) -> Iterable[Metric]:
         yield GaugeMetricFamily(f"{_PREFIX}_drift_step_nats", "Its mean |Δ log p|.", memory.newest.drift)
     if memory.calibration.brier is not None:
         yield GaugeMetricFamily(f"{_PREFIX}_brier", "Mean of (reward − v̂ at the lease)².", memory.calibration.brier)
+    if memory.calibration.error is not None:
+        text = "Mean |reward − v̂ at the lease| of ten bins of v̂, weighted by their evidence."
+        yield GaugeMetricFamily(f"{_PREFIX}_calibration_error", text, memory.calibration.error)
     if len(rho := store.recent.rho):
         settings = store.config.value_store
         clipped = np.mean((rho <= settings.rho_min) | (rho >= settings.rho_max))

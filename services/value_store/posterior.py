@@ -107,6 +107,23 @@ def update(alpha: ArrayLike, beta: ArrayLike, rho: ArrayLike, reward: ArrayLike)
     return np.maximum(rho * alpha + reward, FLOOR), np.maximum(rho * beta + (1.0 - reward), FLOOR)
 
 
+def ema(value: ArrayLike, n_eff: ArrayLike, rho: ArrayLike, reward: ArrayLike) -> tuple[Floats, Floats]:
+    """`update` as a moving average, (v̂, n_eff), [P] each: v̂ ← v̂ + η(r − v̂) with η = 1/(ρ·n_eff + 1).
+
+    It is exact for any reward in [0, 1], not only for 0 and 1. P prints η = 1/(n_eff + 1), which forgets that n_eff
+    has faded by then.
+
+    Args:
+        value: [P] v̂ in (0, 1).
+        n_eff: [P] α + β > 0.
+        rho: [P] in (0, 1].
+        reward: [P] finite, in [0, 1].
+    """
+    value, n_eff, rho, reward = (np.asarray(x, np.float64) for x in (value, n_eff, rho, reward))
+    grown = rho * n_eff + 1.0
+    return np.asarray(value + (reward - value) / grown), grown
+
+
 def v_hat(alpha: ArrayLike, beta: ArrayLike) -> Floats:
     """Posterior mean α/(α+β), [P] strictly inside (0, 1)."""
     alpha, beta = np.asarray(alpha, np.float64), np.asarray(beta, np.float64)

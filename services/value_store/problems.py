@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from services.value_store.examples import DETAILS
 from services.value_store.schemas import Problem
 
 PROBLEM_JSON = "application/problem+json"
@@ -27,11 +28,20 @@ TITLES = {
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error body by RFC 9457."""
-    body = Problem(title=TITLES.get(status, "Error"), status=status, detail=detail).model_dump()
-    return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)
+    return JSONResponse(_body(status, detail), status, headers, media_type=PROBLEM_JSON)
 
 
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What an OpenAPI document says of those statuses."""
-    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": TITLES[status], "content": content} for status in statuses}
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {
+            "description": TITLES[status],
+            "content": {PROBLEM_JSON: {"schema": schema, "example": _body(status, DETAILS[status])}},
+        }
+        for status in statuses
+    }
+
+
+def _body(status: int, detail: str) -> dict[str, Any]:
+    return Problem(title=TITLES.get(status, "Error"), status=status, detail=detail).model_dump()

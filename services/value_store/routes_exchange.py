@@ -16,6 +16,7 @@ from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from services.value_store import exchange, views
+from services.value_store.examples import NEW_PROMPT, PROMPT_VALUE
 from services.value_store.exchange import ROWS_AT_A_TIME, BadImport
 from services.value_store.jobs import Job
 from services.value_store.problems import problem_docs
@@ -36,7 +37,17 @@ MEDIA = {
 }
 Format = Literal["ndjson", "parquet", "offline_values"]
 ANY_BODY = {
-    "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"format": "binary"}}}}
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": {"schema": {"format": "binary"}, "example": json.dumps(NEW_PROMPT) + "\n"}
+        },
+    }
+}
+FILES = {
+    MEDIA["ndjson"]: {"example": json.dumps(PROMPT_VALUE) + "\n"},
+    MEDIA["parquet"]: {"schema": {"type": "string", "format": "binary"}},
+    MEDIA["offline_values"]: {"example": {NEW_PROMPT["question"]: NEW_PROMPT["prior_rewards"]}},
 }
 
 
@@ -47,7 +58,11 @@ async def import_prompts(
     format: Annotated[Format, Query(description="What the body is.")] = "ndjson",
     source: Annotated[
         str | None,
-        Query(max_length=200, description="offline_values: source of the texts; null tries every known one."),
+        Query(
+            max_length=200,
+            description="offline_values: source of the texts; null tries every known one.",
+            examples=["multiply"],
+        ),
     ] = None,
 ) -> Imported:
     """The body is streamed: any number of prompts, a few megabytes of memory. It may be repeated safely.
@@ -125,7 +140,7 @@ async def _take_offline(
     summary="Export prompts and values",
     response_class=StreamingResponse,
     responses={
-        200: {"description": "The file, streamed.", "content": {media: {} for media in MEDIA.values()}},
+        200: {"description": "The file, streamed.", "content": FILES},
         **problem_docs(404),
     },
 )
@@ -134,7 +149,11 @@ async def export(
     format: Annotated[Format, Query(description="What to write.")] = "ndjson",
     job: Annotated[
         str | None,
-        Query(pattern=r"^[0-9a-f]{12}$", description="offline_values: the estimation job whose rewards are written."),
+        Query(
+            pattern=r"^[0-9a-f]{12}$",
+            description="offline_values: the estimation job whose rewards are written.",
+            examples=["0123456789ab"],
+        ),
     ] = None,
 ) -> StreamingResponse:
     """Every prompt with its value, by id; or a job's rewards as the recipe's ``{prompt text: [scores]}``."""
@@ -170,7 +189,8 @@ async def _ndjson(store: Store) -> AsyncIterator[bytes]:
 async def _parquet(store: Store) -> AsyncIterator[bytes]:
     file = exchange.ParquetParts()
     async for prompts in _pages(store):
-        yield await run_in_threadpool(file.add, prompts)
+        if prompts:
+            yield await run_in_threadpool(file.add, prompts)
     yield file.finish()
 
 

@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from services.value_store import evaluations
+from services.value_store.examples import RESULT
 from services.value_store.jobs import Job
 from services.value_store.problems import problem_docs
 from services.value_store.routes_prompts import StoreDep, bound
@@ -135,7 +136,10 @@ async def cancel_job(store: StoreDep, job_id: JobPath) -> JobOut:
     response_class=StreamingResponse,
     responses={
         **NOT_FOUND,
-        200: {"description": "NDJSON, one result a line.", "content": {"application/x-ndjson": {}}},
+        200: {
+            "description": "NDJSON, one result a line.",
+            "content": {"application/x-ndjson": {"example": json.dumps(RESULT) + "\n"}},
+        },
     },
 )
 async def get_results(store: StoreDep, job_id: JobPath) -> StreamingResponse:

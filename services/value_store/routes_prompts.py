@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import msgpack
+import numpy as np
 from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.exceptions import HTTPException
 
-from services.value_store import ndjson, trajectories, views
+from services.value_store import ndjson, posterior, trajectories, views
 from services.value_store.evidence import HISTORY_FIELDS
+from services.value_store.examples import NEW_PROMPT
+from services.value_store.examples import PROMPT_ID as EXAMPLE_ID
 from services.value_store.problems import problem_docs
 from services.value_store.prompts import Prompt, prior_of
 from services.value_store.schemas import PromptIn, ValuesQuery
@@ -37,7 +41,12 @@ reads = APIRouter(prefix="/v1", tags=["prompts"])
 writes = APIRouter(prefix="/v1", tags=["prompts"], route_class=ndjson.NdjsonRoute)
 LINES = {
     "requestBody": {
-        "content": {ndjson.MEDIA_TYPE: {"schema": {"type": "string", "description": "One prompt a line, as JSON."}}}
+        "content": {
+            ndjson.MEDIA_TYPE: {
+                "schema": {"type": "string", "description": "One prompt a line, as JSON."},
+                "example": json.dumps(NEW_PROMPT) + "\n",
+            }
+        }
     }
 }
 
@@ -49,7 +58,8 @@ async def get_store(request: Request) -> Store:
 
 
 StoreDep = Annotated[Store, Depends(get_store)]
-IdPath = Annotated[str, Path(pattern=PROMPT_ID, description="Prompt id.", examples=["3f2a9c01d4e5b677"])]
+IdPath = Annotated[str, Path(pattern=PROMPT_ID, description="Prompt id.", examples=[EXAMPLE_ID])]
+CURSOR = views.pack_cursor(0.5, int(EXAMPLE_ID, 16))
 NOT_FOUND = problem_docs(404)
 
 
@@ -75,21 +85,22 @@ async def upsert(store: StoreDep, prompts: list[PromptIn]) -> Ids:
 @reads.get("/prompts", summary="List prompts")
 async def list_prompts(
     store: StoreDep,
-    source: Annotated[str | None, Query(description="Only this source.")] = None,
+    source: Annotated[str | None, Query(description="Only this source.", examples=["multiply"])] = None,
     split: Annotated[Split | None, Query(description="Only this split.")] = None,
     q: Annotated[
-        str | None, Query(min_length=1, max_length=1000, description="Text in the question, any case.")
+        str | None,
+        Query(min_length=1, max_length=1000, description="Text in the question, any case.", examples=["47*"]),
     ] = None,
-    v_hat_min: Annotated[float | None, Query(ge=0, le=1)] = None,
-    v_hat_max: Annotated[float | None, Query(ge=0, le=1)] = None,
-    visits_min: Annotated[int | None, Query(ge=0, le=2**32)] = None,
-    visits_max: Annotated[int | None, Query(ge=0, le=2**32)] = None,
-    n_eff_min: Annotated[float | None, Query(ge=0)] = None,
-    n_eff_max: Annotated[float | None, Query(ge=0)] = None,
+    v_hat_min: Annotated[float | None, Query(ge=0, le=1, description="Least v̂.", examples=[0.1])] = None,
+    v_hat_max: Annotated[float | None, Query(ge=0, le=1, description="Greatest v̂.", examples=[0.9])] = None,
+    visits_min: Annotated[int | None, Query(ge=0, le=2**32, description="Fewest leases counted.", examples=[1])] = None,
+    visits_max: Annotated[int | None, Query(ge=0, le=2**32, description="Most leases counted.", examples=[100])] = None,
+    n_eff_min: Annotated[float | None, Query(ge=0, description="Least n_eff, as of now.", examples=[2.0])] = None,
+    n_eff_max: Annotated[float | None, Query(ge=0, description="Greatest n_eff, as of now.", examples=[25.0])] = None,
     order: Annotated[Order, Query(description="What to order by.")] = "id",
     descending: Annotated[bool, Query(description="Greatest first.")] = False,
     limit: Annotated[int, Query(ge=1, description="Prompts a page; bounded by max_page.")] = 50,
-    cursor: Annotated[str | None, Query(max_length=100, description="From the page before.")] = None,
+    cursor: Annotated[str | None, Query(max_length=100, description="From the page before.", examples=[CURSOR])] = None,
 ) -> Page:
     """Pages follow one another by (order, id). A text search may return a short page with a cursor: go on from it."""
     bound(limit, store.config.value_store.max_page, "prompts a page")
@@ -153,8 +164,11 @@ async def get_history(
     if prompt_id not in store.memory.table:
         raise HTTPException(404, f"no prompt {prompt_id}")
     records = await store.redis.lrange(store.keys.history(prompt_id), 0, limit - 1)
-    entries = [HistoryEntry(**dict(zip(HISTORY_FIELDS, msgpack.unpackb(r, raw=False), strict=True))) for r in records]
-    return History(prompt_id=prompt_id, entries=entries)
+    told = [dict(zip(HISTORY_FIELDS, msgpack.unpackb(record, raw=False), strict=True)) for record in records]
+    v_hat, n_eff = (np.array([one[name] for one in told], np.float64) for name in ("v_hat_after", "n_eff"))
+    low, high = (bound.tolist() for bound in posterior.interval(v_hat * n_eff, (1.0 - v_hat) * n_eff))
+    both = zip(told, low, high, strict=True)
+    return History(prompt_id=prompt_id, entries=[HistoryEntry(**one, interval=(a, b)) for one, a, b in both])
 
 
 @reads.get("/prompts/{prompt_id}/trajectories", summary="The last trajectories of one prompt", responses=NOT_FOUND)

@@ -47,7 +47,7 @@ async def readyz(store: StoreDep) -> Health:
     """503 with what it waits for."""
     if store.waiting_for is not None:
         raise NotReady(f"the value store waits for {store.waiting_for}")
-    return Health(epoch=store.memory.epoch)
+    return Health(epoch=store.memory.epoch, run=store.config.run.name)
 
 
 @reads.get("/metrics", summary="Prometheus metrics", response_class=Response)

@@ -168,3 +168,4 @@ class Health(BaseModel):
 
     status: Literal["ok"] = "ok"
     epoch: str | None = None
+    run: str | None = Field(default=None, description="Name of the run that is served; null from /healthz.")

@@ -12,18 +12,20 @@ from contextlib import asynccontextmanager
 import numpy as np
 from redis.asyncio import Redis
 
-from services.value_store import evidence, issuing, posterior, sampler
+from services.value_store import evidence, issuing, sampler
 from services.value_store.drift_clock import UnknownVersions
 from services.value_store.evidence import Batch, Entry
+from services.value_store.issuing import Drawn
 from services.value_store.jobs import Job, resumable, surplus
-from services.value_store.memory import Memory, OpenLease, load_memory
+from services.value_store.memory import Memory, load_memory
 from services.value_store.pinning import Replica
+from services.value_store.pipeline import one_behind_the_other
 from services.value_store.posterior import Retention
 from services.value_store.prompts import Prior, Prompt, Refused, plan_upsert
 from services.value_store.receipts import Receipts
 from services.value_store.recent import Recent
 from singlestream.config import Config
-from singlestream.contracts import Lease, Purpose, Sampling, Tombstone, decode_as, lease_id
+from singlestream.contracts import Purpose, Sampling, Tombstone, decode_as
 from singlestream.contracts.policy_version import PolicyVersion
 from singlestream.errors import ContractError, DeadlineExceeded, SinglestreamError, UnknownOutcome
 from singlestream.streams.connection import LOST
@@ -32,8 +34,14 @@ from singlestream.streams.ledger import Change, ValueStoreStreams
 
 log = logging.getLogger(__name__)
 
+COLLECT_AFTER_OBJECTS = 100_000
+"""More than a few batches of updates hold, which die without Python's collector: it need not walk them."""
 PROMPTS_PER_SCRIPT = 1000
 """Prompts that one script writes: a long script holds up everyone."""
+
+
+ENTRIES_PER_SCRIPT = 768
+"""Of a stream, applied at once: some 200 KB, which a socket's buffer takes whole while the next are planned."""
 
 
 class NotReady(SinglestreamError):
@@ -129,6 +137,7 @@ class Store:
                 self._doubt.set()
                 raise
             gc.freeze()  # a million prompts need not be walked by every collection; nothing in them is a cycle
+            gc.set_threshold(COLLECT_AFTER_OBJECTS)
             self._trouble = None
             self._ready.set()
         self.rebuilds += 1
@@ -161,17 +170,20 @@ class Store:
     async def _take(
         self, stream: str, entries: Sequence[Entry], plan: Callable[[Sequence[Entry], Memory], Batch]
     ) -> None:
-        while entries:
-            async with self.writing() as memory:
+        # While Redis writes one part of the stretch, the next is planned on memory as it will be then. Nobody else has
+        # the writer's turn before all of it is written, and memory is forgotten if any of it may not have been.
+        async with self.writing() as memory, one_behind_the_other() as write:
+            while entries:
+                part = entries[:ENTRIES_PER_SCRIPT]
                 try:
-                    batch = plan(entries, memory)
+                    batch = plan(part, memory)
                 except UnknownVersions as unknown:
                     await self._learn_clock(memory, unknown.versions)
-                    batch = plan(entries, memory)
-                await self.commit(batch.change)
+                    batch = plan(part, memory)
+                await write(self.commit(batch.change))
                 batch.apply(memory)
                 self.recent.add(batch.rho, batch.rewards, batch.staleness)
-            entries = entries[batch.entries :]
+                entries = entries[batch.entries :]
 
     async def take_updates(self, epoch: str, entries: Sequence[Entry]) -> None:
         """Apply a stretch of ``posterior_updates``, read under that epoch from the cursor on.
@@ -363,39 +375,13 @@ class Store:
             issued += await self._issue_leases(memory, purpose, part)
         return issued
 
-    async def _issue_leases(
-        self, memory: Memory, purpose: Purpose, drawn: Sequence[tuple[str, Job | None, int, Sampling]]
-    ) -> int:
+    async def _issue_leases(self, memory: Memory, purpose: Purpose, drawn: Sequence[Drawn]) -> int:
         if not drawn:
             return 0
         prompts = await self.fetch_prompts([prompt_id for prompt_id, *_ in drawn])
-        now_s, newest = time.time(), memory.newest
         mean = self.recent.mean_reward(self.config.run.train_batch_size)
-        shrinkage = self.config.value_store.shrinkage
-        published = (newest.version, newest.lineage) if newest else (0, 0)
-        leases: list[tuple[Lease, OpenLease]] = []
-        for (prompt_id, job, item, sampling), prompt in zip(drawn, prompts, strict=True):
-            row = memory.table.row(prompt_id)
-            if prompt is None or row is None:
-                raise UnknownOutcome(f"prompt {prompt_id} has a value but no text in Redis")
-            v_hat = float(posterior.shrunk(memory.table.alpha[row], memory.table.beta[row], mean, shrinkage))
-            version, lineage = (job.policy if job else None) or published
-            job_id = job.job_id if job else None
-            lease = Lease(
-                lease_id=lease_id(purpose, memory.epoch, memory.issued[purpose] + len(leases) + 1),
-                prompt_id=prompt_id,
-                question=prompt.question,
-                answer=prompt.answer,
-                environment=prompt.environment,
-                v_hat=v_hat,
-                version=version,
-                lineage=lineage,
-                sampling=sampling,
-                job=job_id,
-                pinned=job.pinned if job else False,
-                issued_at_s=now_s,
-            )
-            leases.append((lease, OpenLease(prompt_id, v_hat, version, now_s, job_id, item, row)))
+        both = list(zip(drawn, prompts, strict=True))
+        leases = issuing.make_leases(memory, purpose, both, mean, self.config.value_store.shrinkage, time.time())
         together = self.config.value_store.group_size if purpose == "train" else 1
         await self.streams.issue(purpose, [(lease, record.pack()) for lease, record in leases], together)
         memory.issued[purpose] += len(leases)

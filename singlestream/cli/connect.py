@@ -1,14 +1,28 @@
-"""Where a run's value store answers, and with which token."""
+"""Where a run's services answer, with which token, and that they are this run's."""
 
 from __future__ import annotations
 
+import httpx
+
 from singlestream.clients.value_store import AsyncValueStore, ValueStore
-from singlestream.config import Config
+from singlestream.config import Config, Listening
+from singlestream.errors import ConfigError
+
+ASK_S = 10.0
 
 
-def store_url(config: Config) -> str:
-    """Address of the run's value store."""
-    return f"http://{config.value_store.host}:{config.value_store.port}"
+def check_run(service: Listening, run: str) -> None:
+    """Raise `ConfigError` if what answers there serves another run: stopping that one could not be taken back.
+
+    A service that does not answer, or is not ready, is left to the request that follows.
+    """
+    try:
+        reply = httpx.get(f"{service.url}/readyz", timeout=ASK_S, trust_env=False)
+        served = reply.json().get("run", run) if reply.is_success else run
+    except (httpx.HTTPError, ValueError):
+        return
+    if served != run:
+        raise ConfigError(f"{service.url} serves run {served!r}, not {run!r}: each of two runs needs its own ports")
 
 
 def _token(config: Config) -> str | None:
@@ -18,9 +32,9 @@ def _token(config: Config) -> str | None:
 
 def store_of(config: Config) -> ValueStore:
     """A blocking client of the run's value store."""
-    return ValueStore(store_url(config), _token(config))
+    return ValueStore(config.value_store.url, _token(config))
 
 
 def async_store_of(config: Config) -> AsyncValueStore:
     """An asynchronous client of the run's value store."""
-    return AsyncValueStore(store_url(config), _token(config))
+    return AsyncValueStore(config.value_store.url, _token(config))

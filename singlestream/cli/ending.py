@@ -30,13 +30,22 @@ def named_errors(run: Path | None = None) -> Iterator[None]:
     except SinglestreamError as error:
         typer.echo(f"error: {error}", err=True)
         if run is not None and isinstance(error, ServiceError) and error.status is None:
-            typer.echo(f"Is the run up? `singlestream up --stay --config {run}` starts it.", err=True)
+            ask_whether_up(run)
         raise typer.Exit(1) from None
     except OSError as error:
         if error.filename is None:  # no file's fault but ours
             raise
         typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
         raise typer.Exit(1) from None
+
+
+def ask_whether_up(run: Path) -> None:
+    """Say how a run is started, where nothing of it answers.
+
+    Args:
+        run: its configuration.
+    """
+    typer.echo(f"Is the run up? `singlestream up --stay --config {run}` starts it.", err=True)
 
 
 def _leaves(group: BaseExceptionGroup[SinglestreamError]) -> Iterator[BaseException]:

@@ -163,10 +163,10 @@ def _show(job: Job, found: Sequence[Benchmark]) -> None:
     policy = f"policy {job.version}.{job.lineage}" if job.pinned else f"policies {', '.join(map(str, job.versions))}"
     table = Table(title=f"{policy}, {job.n} samples a prompt, in % with 95 % intervals")
     for column in ("benchmark", "prompts", f"avg@{job.n}", f"maj@{job.n}", f"pass@{job.n}", "tokens", "failed"):
-        table.add_column(column, justify="left" if column == "benchmark" else "right")
+        table.add_column(column, justify="left" if column == "benchmark" else "right", overflow="fold")
     for one in found:
         measured = (one.avg, one.maj.get(job.n), one.pass_.get(job.n))
-        cells = ["-" if m is None else f"{100 * m.value:.1f} ({100 * m.low:.1f}–{100 * m.high:.1f})" for m in measured]
+        cells = ["-" if m is None else f"{100 * m.value:.1f}\n{100 * m.low:.3g}–{100 * m.high:.3g}" for m in measured]
         table.add_row(one.name, str(one.prompts), *cells, f"{one.response_tokens_mean:.0f}", str(one.failed))
     if len(found) > 1:
         table.add_row("mean", "", f"{100 * sum(one.avg.value for one in found) / len(found):.1f}")

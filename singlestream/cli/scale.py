@@ -20,12 +20,15 @@ def scale(
     """Set how many rollout replicas the run may have; training goes on meanwhile."""
     import httpx
 
+    from singlestream.cli.connect import check_run
     from singlestream.config import load_config
     from singlestream.errors import ServiceError
 
     with named_errors(config):
-        rollout = load_config(config).rollout
-        url = f"http://{rollout.host}:{rollout.port}/v1/scale"
+        settings = load_config(config)
+        rollout = settings.rollout
+        check_run(rollout, settings.run.name)
+        url = f"{rollout.url}/v1/scale"
         headers = {} if rollout.token is None else {"Authorization": f"Bearer {rollout.token.get_secret_value()}"}
         try:
             reply = httpx.put(url, json={"replicas": replicas}, headers=headers, timeout=REQUEST_TIMEOUT_S)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from singlestream.cli.ending import named_errors
+from singlestream.cli.ending import ask_whether_up, named_errors
 from singlestream.cli.values import ConfigOption, open_store
 
 if TYPE_CHECKING:
@@ -19,18 +19,20 @@ def status(config: ConfigOption) -> None:
     from singlestream.config import load_config
 
     with named_errors(config):
-        ready = asyncio.run(_status(load_config(config)))
-    if not ready:
+        waits = asyncio.run(_status(load_config(config))).values()
+    if all(waits):
+        ask_whether_up(config)
+    if any(waits):
         raise typer.Exit(1)
 
 
-async def _status(config: Config) -> bool:
-    """Print it; returns whether every service is ready, or the run finished."""
+async def _status(config: Config) -> dict[str, str | None]:
+    """Print it; returns what each service waits for: None where it is ready, or the run has finished without it."""
     from singlestream.cli.connect import async_store_of
     from singlestream.embedded_redis import EmbeddedRedis
     from singlestream.streams import Keys, connect
     from singlestream.supervisor.services import checks
-    from singlestream.supervisor.status import read_queues, read_steps, render
+    from singlestream.supervisor.status import read_queues, read_steps, render, since_step_s
 
     embedded = EmbeddedRedis(config.run.dir / "redis")
     redis = connect(embedded.url if embedded.socket.exists() else config.run.redis_url)
@@ -42,15 +44,19 @@ async def _status(config: Config) -> bool:
                 now = await store.training()
             if now.state == "finished":
                 waits["learner"] = None
-            reason = f", waits for {now.waiting_for}" if now.waiting_for and now.state == "running" else ""
+            told = now.state == "running" and waits["redis"] is None  # without Redis the store knows no replica
+            reason = f", waits for {now.waiting_for}" if told and now.waiting_for else ""
             typer.echo(f"training: {now.state}{reason}; {now.trained} of {now.total} trajectories trained")
         for name, waiting_for in waits.items():
-            typer.echo(f"{name}: {'ready' if waiting_for is None else f'waiting for {waiting_for}'}")
+            log = config.run.dir / "logs" / f"{name}.log"
+            see = f"; see {log}" if log.exists() else ""
+            typer.echo(f"{name}: {'ready' if waiting_for is None else f'waiting for {waiting_for}{see}'}")
         queues = await read_queues(redis, Keys(config.run.name)) if waits["redis"] is None else None
-        typer.echo(render(read_steps(config.run.dir / "steps.jsonl"), queues, config.run.total_steps))
+        path = config.run.dir / "steps.jsonl"
+        typer.echo(render(read_steps(path), queues, config.run.total_steps, since_step_s(path)))
     finally:
         await redis.aclose()
-    return not any(waits.values())
+    return waits
 
 
 def training(

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from singlestream.cli.connect import async_store_of, store_url
+from singlestream.cli.connect import async_store_of
 from singlestream.clients.value_store import AsyncValueStore, NewPrompt
 from singlestream.config import load_config
 from singlestream.errors import ConfigError
@@ -62,7 +62,7 @@ async def up(config_path: Path, prompts: Path | None, paused: bool, stay: bool) 
         paused: whether training is left as it is.
         stay: whether the services go on after the last step, until the task is cancelled.
     """
-    console = Console()
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     config = load_config(config_path)
     rows = read_prompts(prompts) if prompts is not None else []
     if rows:
@@ -73,7 +73,7 @@ async def up(config_path: Path, prompts: Path | None, paused: bool, stay: bool) 
                 console.print(f"{len(await store.upsert(rows))} prompts posted")
             if not paused:
                 await begin(store)
-        console.print(f"the page: {store_url(config)}/ (REST: {store_url(config)}/v1/openapi.json)")
+        console.print(f"the page: {config.value_store.url}/ (REST: {config.value_store.url}/v1/openapi.json)")
         await supervisor.watch(show_until(supervisor, console, lambda: supervisor.learner_completed))
         console.print(f"all {config.run.total_steps} steps are trained; {config.run.dir / 'steps.jsonl'} has them")
         if stay:

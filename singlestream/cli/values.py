@@ -32,11 +32,14 @@ LimitOption = Annotated[int, typer.Option(min=1, max=1000, help="Rows.")]
 @contextmanager
 def open_store(config: Path) -> Iterator[ValueStore]:
     """The run's value store; a named error ends the command with exit code 1."""
-    from singlestream.cli.connect import store_of
+    from singlestream.cli.connect import check_run, store_of
     from singlestream.config import load_config
 
-    with named_errors(config), store_of(load_config(config)) as store:
-        yield store
+    with named_errors(config):
+        settings = load_config(config)
+        check_run(settings.value_store, settings.run.name)
+        with store_of(settings) as store:
+            yield store
 
 
 def _json(models: BaseModel | list[BaseModel]) -> None:
@@ -197,9 +200,8 @@ def ledger(config: ConfigOption, as_json: JsonOption = False) -> None:
     if as_json:
         _json(answer)
         return
-    columns = ["leased", "outstanding", "trained", "stale", "failed", "scored", "cancelled"]
-    rows = []
-    for purpose in ("train", "estimate", "evaluate"):
-        counts = getattr(answer, purpose)
-        rows.append([purpose, *(str(getattr(counts, column)) for column in columns), "yes" if counts.adds_up else "NO"])
-    _table(f"ledger, epoch {answer.epoch}, {answer.duplicates} duplicates", ["purpose", *columns, "adds up"], rows)
+    purposes = {name: getattr(answer, name) for name in ("train", "estimate", "evaluate")}
+    states = ("leased", "outstanding", "trained", "stale", "failed", "scored", "cancelled")
+    rows = [[state, *(str(getattr(counts, state)) for counts in purposes.values())] for state in states]
+    rows.append(["adds up", *("yes" if counts.adds_up else "NO" for counts in purposes.values())])
+    _table(f"ledger, epoch {answer.epoch}, {answer.duplicates} duplicates", ["leases", *purposes], rows)

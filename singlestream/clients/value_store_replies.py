@@ -73,6 +73,7 @@ class HistoryEntry(Reply):
     v_hat_before: float
     v_hat_after: float
     n_eff: float = Field(description="After the update.")
+    interval: tuple[float, float] = Field(description="95 % credible interval of the success rate after the update.")
     z: float = Field(description="Drift clock of that version.")
     v_hat_at_lease: float = Field(description="Baseline frozen at the lease.")
     at_s: float

@@ -15,7 +15,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from singlestream.cli.connect import async_store_of, store_url
+from singlestream.cli.connect import async_store_of
 from singlestream.cli.up import read_prompts
 from singlestream.clients.value_store import Job, NewPrompt, Split
 from singlestream.config import Config, load_config
@@ -85,7 +85,7 @@ class Demo:
 
     def __init__(self, config: Config, config_path: Path, model: str, prompts: list[NewPrompt]) -> None:
         self.config, self.config_path, self.model, self.prompts = config, config_path, model, prompts
-        self.console = Console()
+        self.console = Console(markup=False, highlight=False, soft_wrap=True)
         self.store = async_store_of(config)
         self.sampling = Sampling(temperature=config.run.temperature, top_p=1.0, top_k=0)
 
@@ -93,19 +93,21 @@ class Demo:
         """All phases, in order."""
         started = time.monotonic()
         async with Supervisor(self.config, self.config_path, self._say, fresh=True) as supervisor, self.store:
-            self._say(f"services are up after {time.monotonic() - started:.0f} s; the page: {store_url(self.config)}/")
+            self._say(
+                f"services are up after {time.monotonic() - started:.0f} s; the page: {self.config.value_store.url}/"
+            )
             summary, episodes = await supervisor.watch(self._phases(supervisor))
         summary["wall_s"] = time.monotonic() - started
         self._write(summary, episodes)
         self._print(summary)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False)
+        self.console.print(text)
 
     async def _phases(self, supervisor: Supervisor) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         await self.store.upsert(self.prompts)
         self._say(f"{len(self.prompts)} prompts posted; the most visited ones, at any time:")
-        self._say(f"  curl '{store_url(self.config)}/v1/prompts?order=visits&descending=true&limit=3'")
+        self._say(f"  curl '{self.config.value_store.url}/v1/prompts?order=visits&descending=true&limit=3'")
         await self._job("estimate", "train", PRIOR_REWARDS)
         before = await self._job("evaluate", "eval", 1)
         training_since = time.monotonic()
@@ -150,7 +152,7 @@ class Demo:
 
     async def _episodes(self) -> list[dict[str, Any]]:
         """Three held-out prompts through the replica's own endpoint, with every token's text and origin."""
-        url = f"http://{self.config.rollout.host}:{self.config.rollout.port}/v1/episodes"
+        url = f"{self.config.rollout.url}/v1/episodes"
         chosen = [prompt for prompt in self.prompts if prompt.split == "eval"][:EPISODES_SHOWN]
         episodes = []
         async with httpx.AsyncClient(timeout=120.0, trust_env=False) as client:

@@ -8,10 +8,20 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from redis._parsers.base import BaseParser
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, OutOfMemoryError, ResponseError, TimeoutError
+from redis.exceptions import (
+    ClusterDownError,
+    ConnectionError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+    TryAgainError,
+)
 
 from singlestream.errors import DeadlineExceeded
 
@@ -19,8 +29,27 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOST = (ConnectionError, TimeoutError, BusyLoadingError, OutOfMemoryError, OSError)
-"""Errors that pass: the command's outcome is not known, the server is not there, or its memory is full."""
+
+class NotDurable(ResponseError):  # type: ignore[misc]  # redis is not followed
+    """Redis takes no writes: it cannot save them (MISCONF; a full disk), or to too few replicas (NOREPLICAS)."""
+
+
+# to the client these two are like any error of the caller's
+BaseParser.EXCEPTION_CLASSES |= {"MISCONF": NotDurable, "NOREPLICAS": NotDurable}
+
+LOST = (
+    ConnectionError,  # also while the server loads its file
+    TimeoutError,
+    OSError,
+    OutOfMemoryError,
+    NotDurable,
+    ReadOnlyError,
+    TryAgainError,
+    ClusterDownError,
+    MasterDownError,
+)
+"""Errors that pass, and are waited for: the server is not there and the command's outcome not known, or it says why it
+cannot serve now and has changed nothing."""
 
 SOCKET_TIMEOUT_S = 30.0
 """A reply later than this counts as lost; blocking reads ask for less."""
@@ -40,7 +69,7 @@ def connect(url: str) -> Redis:
 async def persist(
     call: Callable[[], Awaitable[T]], what: str, deadline_s: float, on_retry: Callable[[Exception], None] | None = None
 ) -> T:
-    """Repeat an **idempotent** call while Redis is away or full, with backoff from 0.05 s to 2 s.
+    """Repeat an **idempotent** call while Redis is away or refuses (`LOST`), with backoff from 0.05 s to 2 s.
 
     Args:
         call: makes the awaitable anew for every attempt.
@@ -49,7 +78,7 @@ async def persist(
         on_retry: told of each failure, for logs and counters.
 
     Raises:
-        DeadlineExceeded: Redis was still away or full at the deadline.
+        DeadlineExceeded: it still was at the deadline; names the last error.
     """
     started, pause_s = time.monotonic(), 0.05
     while True:

@@ -168,6 +168,11 @@ class ValueStoreStreams:
                     raise
         return epoch
 
+    def check_fence(self, holder: bytes | None) -> None:
+        """Raise `Fenced` where the fence, as read from Redis, is another store's; None is nobody's."""
+        if holder is not None and holder.decode(errors="replace") not in self._epochs:
+            raise self._fenced()
+
     def _fenced(self) -> Fenced:
         return Fenced(f"another value store has taken over run {self.keys.run!r}; this one stops")
 
@@ -317,7 +322,7 @@ class ValueStoreStreams:
         [(_, entries)] = reply.items() if isinstance(reply, dict) else reply  # RESP 3 and 2
         return [
             (entry.decode(), fields[1], fields[3])
-            if fields[::2] == [b"id", b"m"]
+            if len(fields) == 4 and fields[0] == b"id" and fields[2] == b"m"
             else (entry.decode(), *_lease_and_message(fields))
             for entry, fields in entries
         ]

@@ -6,6 +6,7 @@ Started, watched with all of its descendants, restarted with backoff, stopped as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -13,6 +14,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -31,6 +33,8 @@ STOP_S = 40.0
 """Time to finish cleanly after SIGTERM; a replica hands its episodes over, the learner writes a checkpoint."""
 SAY_AFTER_S = 5.0
 """A start that takes longer says what it waits for."""
+NO_DIGITS = str.maketrans("", "", "0123456789")
+"""What is waited for is told again when it is something else, not when it has got older or larger."""
 PR_SET_PDEATHSIG = 1
 
 _libc = ctypes.CDLL(None)
@@ -96,7 +100,7 @@ class Child:
             if code in HOPELESS or deaths > MAX_RESTARTS:
                 raise ServiceError(self.spec.name, "exit code " + str(code), self.last_lines())
             pause_s = min(0.1 * 4 ** (deaths - 1), 30.0)
-            log.warning("%s ended with code %s; starting it again in %.1f s", self.spec.name, code, pause_s)
+            self._note(f"{self.spec.name} ended with code {code}; starting it again in {pause_s:.1f} s")
             self.restarts += 1
             await self._sleep_unless_stopped(pause_s)
 
@@ -120,6 +124,12 @@ class Child:
             await asyncio.wait({ended}, timeout=1.0)
         self._kill_family()
         return ended.result()
+
+    def _note(self, text: str) -> None:
+        """Say it here and in the service's own log, where it is looked for in the morning."""
+        log.warning(text)
+        with contextlib.suppress(OSError), self.log_path.open("a") as output:  # a full disk ends no supervisor
+            output.write(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} supervisor: {text}\n")
 
     def _remember_family(self) -> None:
         """Note the descendants: those that outlive a killed parent would hold ports, memory and GPUs."""
@@ -154,9 +164,10 @@ class Child:
         while (waiting_for := await self.spec.ready()) is not None:
             if self._stopping.is_set() or self.completed:
                 return
-            if waiting_for != last and time.monotonic() - started > SAY_AFTER_S:
+            kind = waiting_for.translate(NO_DIGITS)
+            if kind != last and time.monotonic() - started > SAY_AFTER_S:
                 say(f"{self.spec.name}: waiting for {waiting_for}")
-                last = waiting_for
+                last = kind
             if time.monotonic() - started > self.spec.ready_s:
                 raise DeadlineExceeded(
                     f"{self.spec.name} to be ready ({waiting_for}); see {self.log_path}", self.spec.ready_s

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from singlestream.supervisor.status import read_queues, read_steps, render
+from singlestream.supervisor.status import read_queues, read_steps, render, since_step_s
 from singlestream.supervisor.supervisor import Supervisor
 
 REFRESH_S = 0.5
@@ -18,10 +18,13 @@ PLAIN_EVERY_S = 10.0
 
 async def show_until(supervisor: Supervisor, console: Console, done: Callable[[], bool]) -> None:
     """Show where the run stands until ``done()``."""
+    started = time.monotonic()
     total_steps, path = supervisor.config.run.total_steps, supervisor.config.run.dir / "steps.jsonl"
 
     async def line() -> str:
-        return render(read_steps(path), await read_queues(supervisor.redis, supervisor.keys), total_steps)
+        queues = await read_queues(supervisor.redis, supervisor.keys)
+        since_s = min(since_step_s(path), time.monotonic() - started)  # a run taken up again has not stood still
+        return render(read_steps(path), queues, total_steps, since_s)
 
     if console.is_terminal:
         with console.status("starting") as status:
@@ -33,7 +36,7 @@ async def show_until(supervisor: Supervisor, console: Console, done: Callable[[]
     last = 0.0
     while not done():
         if time.monotonic() - last > PLAIN_EVERY_S:
-            console.print(await line(), soft_wrap=True)
+            console.print(await line())
             last = time.monotonic()
         await asyncio.sleep(REFRESH_S)
-    console.print(await line(), soft_wrap=True)
+    console.print(await line())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -18,28 +19,31 @@ from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import LOST, Keys
 from singlestream.supervisor.child import Spec
 
+ANSWER_S = 5.0
+"""A service that answers so late is not ready: it hangs, or its machine is overloaded."""
 HEARTBEAT_S = 10.0
 """The learner writes its heartbeat every 2 s; one older than this is not taken as a sign of life."""
 
 
-def http_ready(listening: Listening) -> Callable[[], Awaitable[str | None]]:
-    """A check of ``GET /readyz``: None when it answers 200, else what the service says it waits for."""
-    url = f"http://{listening.host}:{listening.port}/readyz"
+def http_ready(listening: Listening, run: str) -> Callable[[], Awaitable[str | None]]:
+    """A check of ``GET /readyz``: None when it answers 200 for this run, else what the service says it waits for."""
+    url = f"{listening.url}/readyz"
 
     async def ready() -> str | None:
         try:
-            async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+            async with httpx.AsyncClient(timeout=ANSWER_S, trust_env=False) as client:
                 reply = await client.get(url)
         except httpx.HTTPError as error:
             return f"an answer from {url} ({type(error).__name__})"
-        if reply.status_code == httpx.codes.OK:
-            return None
         try:
             body = reply.json()
-            said = str(body.get("waiting_for") or body.get("detail") or f"{url} to answer 200")
-            return said.removeprefix("the value store waits for ")
         except ValueError:
             return f"{url} to answer 200 (it says {reply.status_code})"
+        if reply.status_code == httpx.codes.OK:
+            served = body.get("run", run)  # the sandbox serves any run
+            return None if served == run else f"its port: {listening.url} serves run {served!r}"
+        said = str(body.get("waiting_for") or body.get("detail") or f"{url} to answer 200")
+        return said.removeprefix("the value store waits for ")
 
     return ready
 
@@ -49,7 +53,8 @@ def redis_ready(redis: Redis) -> Callable[[], Awaitable[str | None]]:
 
     async def ready() -> str | None:
         try:
-            await redis.ping()
+            async with asyncio.timeout(ANSWER_S):
+                await redis.ping()
         except LOST as error:
             return f"its first answer ({type(error).__name__})"
         return None
@@ -62,8 +67,9 @@ def learner_ready(redis: Redis, keys: Keys) -> Callable[[], Awaitable[str | None
 
     async def ready() -> str | None:
         try:
-            text = await redis.get(keys.learner)
-            published = await redis.exists(keys.policy_versions)
+            async with asyncio.timeout(ANSWER_S):
+                text = await redis.get(keys.learner)
+                published = await redis.exists(keys.policy_versions)
         except LOST as error:
             return f"Redis ({type(error).__name__})"
         heartbeat = json.loads(text) if text else None
@@ -78,12 +84,13 @@ def learner_ready(redis: Redis, keys: Keys) -> Callable[[], Awaitable[str | None
 
 def checks(config: Config, redis: Redis) -> dict[str, Callable[[], Awaitable[str | None]]]:
     """What tells of each service whether it is ready: None, or what it waits for."""
+    run = config.run.name
     return {
         "redis": redis_ready(redis),
-        "sandbox_gateway": http_ready(config.sandbox_gateway),
-        "value_store": http_ready(config.value_store),
-        "rollout": http_ready(config.rollout),
-        "learner": learner_ready(redis, Keys(config.run.name)),
+        "sandbox_gateway": http_ready(config.sandbox_gateway, run),
+        "value_store": http_ready(config.value_store, run),
+        "rollout": http_ready(config.rollout, run),
+        "learner": learner_ready(redis, Keys(run)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from singlestream.streams import GROUP, LOST, Keys
 TAIL_BYTES = 65_536
 ETA_STEPS = 10
 """Steps whose mean duration the estimate of the remaining time rests on."""
+STILL_S = 60.0
+"""The line says so where no step was made for so long, and for three usual ones."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,43 @@ def eta_s(steps: list[dict[str, Any]], total_steps: int) -> float | None:
     """Seconds left at the pace of the last steps; None before two steps are done."""
     if len(steps) < 2:
         return None
-    pace_s = (steps[-1]["wall_s"] - steps[0]["wall_s"]) / (steps[-1]["step"] - steps[0]["step"])
-    return float(max(0.0, (total_steps - steps[-1]["step"]) * pace_s))
+    return max(0.0, (total_steps - int(steps[-1]["step"])) * _pace_s(steps))
 
 
-def render(steps: list[dict[str, Any]], queues: Queues | None, total_steps: int) -> str:
-    """The line itself."""
+def _pace_s(steps: list[dict[str, Any]]) -> float:
+    """Seconds of one of the last steps, of which there are two or more."""
+    return float((steps[-1]["wall_s"] - steps[0]["wall_s"]) / (steps[-1]["step"] - steps[0]["step"]))
+
+
+def _outlook(steps: list[dict[str, Any]], total_steps: int, since_s: float) -> str:
+    """How long it will take, or for how long nothing has come of it."""
+    left_s = eta_s(steps, total_steps)
+    usual_s = _pace_s(steps) if left_s else 0.0
+    if since_s > max(STILL_S, 3 * usual_s) and steps[-1]["step"] < total_steps:
+        return f"no step for {since_s:.0f} s"
+    return "ETA -" if left_s is None else f"ETA {left_s:.0f} s"
+
+
+def since_step_s(path: Path) -> float:
+    """Seconds since a step was last written to the log; 0 before the first."""
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except FileNotFoundError:
+        return 0.0
+
+
+def render(steps: list[dict[str, Any]], queues: Queues | None, total_steps: int, since_s: float = 0.0) -> str:
+    """The line itself.
+
+    Args:
+        steps: the last ones, of `read_steps`.
+        queues: None while Redis is away.
+        total_steps: of the run.
+        since_s: seconds since the last step.
+    """
     parts = []
     if steps:
         last = steps[-1]
-        left_s = eta_s(steps, total_steps)
         parts += [
             f"step {last['step']}/{total_steps}",
             f"reward {last['reward_mean']:.3f}",
@@ -89,7 +119,7 @@ def render(steps: list[dict[str, Any]], queues: Queues | None, total_steps: int)
             f"staleness {last['staleness_mean']:.2f} (max {last['staleness_max']})",
             f"{last['tokens_per_s']:.0f} tokens/s",
             f"learner idle {100 * last['learner_idle_ratio']:.0f}%",
-            f"ETA {left_s:.0f} s" if left_s is not None else "ETA -",
+            _outlook(steps, total_steps, since_s),
         ]
     else:
         parts.append(f"step 0/{total_steps}")

@@ -44,6 +44,7 @@ def test_a_run_that_is_not_up(config: Path) -> None:
     told = run("status", "--config", str(config))
     assert told.exit_code == 1
     assert "value_store: waiting for an answer from http://127.0.0.1:9/readyz" in told.output
+    assert f"singlestream up --stay --config {config}" in told.output
 
 
 def test_a_file_that_cannot_be_used(config: Path, tmp_path: Path) -> None:
@@ -77,6 +78,20 @@ def test_environments_are_looked_for_before_anything_starts() -> None:
         check_environments([prompt("guessing"), prompt("tiny_tool/examples.own_task:nosuch")])
 
 
+def another_run_is_told_apart(config: Path, name: str) -> None:
+    """Its services answer on this run's ports: what they say, and what they would do, is not this run's."""
+    other = ["--config", str(config.with_name("other.toml"))]
+    Path(other[1]).write_text(config.read_text().replace(f'"{name}"', '"other"'))
+    told = run("status", *other)
+    url = load_config(config).value_store.url
+    assert f"value_store: waiting for its port: {url} serves run '{name}'" in told.output
+    assert "training:" not in told.output
+    for command in (["training", "stopped"], ["values", "top"]):
+        told = run(*command, *other)
+        assert told.exit_code == 1
+        assert f"serves run '{name}', not 'other'" in told.output
+
+
 async def test_the_status_of_a_run(tmp_path: Path, keys: Keys, redis_server: EmbeddedRedis) -> None:
     store = StoreProcess(tmp_path, keys, redis_server.url)
     await asyncio.to_thread(store.start)
@@ -87,6 +102,9 @@ async def test_the_status_of_a_run(tmp_path: Path, keys: Keys, redis_server: Emb
         assert "training: paused; 0 of" in told.output
         assert "value_store: ready" in told.output
         assert "learner: waiting for its first heartbeat" in told.output
+        told = await asyncio.to_thread(run, "ledger", *config)
+        assert "│ outstanding │" in told.output
+        await asyncio.to_thread(another_run_is_told_apart, store.config, keys.run)
         async with async_store_of(load_config(store.config)) as client:
             await begin(client)
             assert (await client.training()).state == "running"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 import pytest
 
 from singlestream.config import LOOPBACK, load_config
-from tests.deploy.conftest import DEPLOY, ROOT, tool
+from tests.deploy.conftest import DEPLOY, ROOT, env_file, resolve, tool
 
 TOOLS = {"tools", "estimate", "eval", "export"}
 ONE_SHOTS = {"init", "model", "prompts"} | TOOLS
 LONG_RUNNING = {"redis", "value_store", "sandbox_gateway", "rollout", "learner"}
 """Services of the main file; overlays add Ray's head and monitoring."""
 MONITORING = {"prometheus", "grafana"}
-OVERLAYS = sorted(path.name for path in DEPLOY.glob("compose.*.yml"))
+OVERLAYS = sorted(DEPLOY.glob("compose.*.yml"))
 
 
 def healthcheck_of(service: dict[str, Any]) -> bool:
@@ -42,6 +43,20 @@ def composed(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_every_service_is_known(cpu: dict[str, Any], cpu_ray: dict[str, Any], gpu: dict[str, Any]) -> None:
     assert set(cpu["services"]) == ONE_SHOTS | LONG_RUNNING
     assert set(cpu_ray["services"]) == set(gpu["services"]) == ONE_SHOTS | LONG_RUNNING | MONITORING | {"ray_head"}
+
+
+@pytest.mark.parametrize(
+    ("profile", "parts"),
+    [
+        ("cpu", {"rollout", "learner", "ray_head", "model", "prompts"}),
+        ("gpu", {"rollout", "learner", "ray_head"}),
+        ("monitoring", MONITORING),
+        ("tools", TOOLS),
+    ],
+)
+def test_each_profile_by_itself_has_its_part(profile: str, parts: set[str]) -> None:
+    composed = resolve(*env_file()["COMPOSE_FILE"].split(":"), env_file=".env.example", profile=profile)
+    assert set(composed["services"]) == {"init", "redis", "value_store", "sandbox_gateway"} | parts
 
 
 def test_up_of_every_profile_starts_no_one_shot_that_nothing_waits_for(cpu: dict[str, Any]) -> None:
@@ -238,20 +253,20 @@ def test_build_context_holds_nothing_but_what_images_need() -> None:
     assert "deploy/secrets" in lines
 
 
-def test_compose_files_follow_the_specification() -> None:
-    # Compose's own tags (!reset) are no YAML that the checker reads; `nodes` resolves that file.
-    plain = [f"deploy/{name}" for name in OVERLAYS if name != "compose.nodes.yml"]
-    for file in ("docker-compose.yml", *plain):
-        command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(ROOT / file)]
-        reply = subprocess.run(command, capture_output=True, text=True)
-        assert reply.returncode == 0, reply.stdout
+def test_compose_files_follow_the_specification(nodes: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    files = [ROOT / "docker-compose.yml", *(path for path in OVERLAYS if path.name != "compose.nodes.yml")]
+    # Compose's own tags (!reset) are no YAML that the checker reads: of that file it gets what it resolves to.
+    for part, config in nodes.items():
+        files.append(tmp_path / f"{part}.json")
+        files[-1].write_text(json.dumps(config))
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *map(str, files)]
+    reply = subprocess.run(command, capture_output=True, text=True)
+    assert reply.returncode == 0, reply.stdout
 
 
 @pytest.mark.parametrize("file", sorted(DEPLOY.rglob("Dockerfile*")), ids=lambda path: path.name)
 def test_dockerfiles_lint(file: Path) -> None:
-    reply = subprocess.run(
-        [tool("hadolint"), "--failure-threshold", "error", str(file)], capture_output=True, text=True
-    )
+    reply = subprocess.run([tool("hadolint"), str(file)], capture_output=True, text=True)
     assert reply.returncode == 0, reply.stdout
     text = file.read_text()
     assert not text.startswith("# syntax")

@@ -1,8 +1,12 @@
-"""The seeds' experiment: its two arms differ in the algorithm alone, and its GPUs are split as the plan says."""
+"""The runs of configs/: their numbers have reasons; the experiment's arms differ in the algorithm alone."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from singlestream.config import Config, load_config
 from singlestream.plan import plan
@@ -12,6 +16,13 @@ from tests.deploy.conftest import ROOT, env_file
 def settings(config: Config) -> dict[str, Any]:
     dumped = config.model_dump(mode="json")
     return {f"{section}.{key}": value for section, values in dumped.items() for key, value in values.items()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_number_has_its_source_or_its_reason(path: Path) -> None:
+    numbers = re.findall(r"^\w+ = -?[\d._e-]+(.*)$", path.read_text(), re.M)
+    assert len(numbers) > 8
+    assert all(re.match(r" +# \S", rest) for rest in numbers)
 
 
 def test_the_arms_differ_in_the_algorithm_alone() -> None:

@@ -187,6 +187,27 @@ def test_nothing_is_reachable_by_default_and_the_sandbox_calls_nobody() -> None:
             assert set(re.findall(r"'app': '([-a-z]+)'", str(one["spec"]))) <= labels, one["metadata"]["name"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what Ray's imports warn of is not ours
+def test_serve_and_ray_start_know_what_the_rayservice_gives_them() -> None:
+    """Both take what they do not know without a word: what Ray understood is compared with what stands there."""
+    from ray.scripts.scripts import start
+    from ray.serve.schema import ServeDeploySchema
+
+    spec = find("RayService", "rollout")["spec"]
+
+    def understood(config: dict[str, Any]) -> Any:
+        return ServeDeploySchema.model_validate(config).model_dump(mode="json", exclude_unset=True)
+
+    config = yaml.safe_load(spec["serveConfigV2"])
+    assert understood(config) == config
+    config["applications"][0]["import_pth"] = "a mistake"
+    assert understood(config) != config
+    options = {option for parameter in start.params for option in parameter.opts}
+    cluster = spec["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert {f"--{name}" for name in group["rayStartParams"]} <= options
+
+
 def test_ray_matches_the_lock_and_the_application() -> None:
     spec = find("RayService", "rollout")["spec"]
     assert f"ray=={spec['rayClusterConfig']['rayVersion']}" in (ROOT / "requirements.lock").read_text().split()

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from singlestream.errors import ConfigError
 from singlestream.plan import USABLE_SHARE, describe, plan
+from tests.deploy.conftest import ROOT
 
 
 def test_eight_gpus_and_an_8b_model() -> None:
@@ -18,6 +19,14 @@ def test_eight_gpus_and_an_8b_model() -> None:
     assert all(split.learner_gpus >= 3 for split in (proposal.best, *proposal.others))
     assert proposal.step_s == pytest.approx(256 * 5000 / (5 * 3250))
     assert proposal.weights_gib == pytest.approx(15.3, abs=0.1)
+
+
+def test_the_guide_shows_what_it_says() -> None:
+    guide = (ROOT / "docs" / "deployment.md").read_text()
+    shown = guide.partition("$ singlestream plan --parameters 8.2e9 --gpus 8 --mean-response-tokens 5000\n")[2]
+    lines = [line for line in shown.partition("```")[0].splitlines() if line != "..."]
+    assert len(lines) > 5
+    assert set(lines) <= set(describe(plan(8.2e9, 8, 5000)).splitlines())
 
 
 def test_measured_throughputs_replace_the_estimates() -> None:

@@ -64,9 +64,11 @@ class TestEntrypoint:
         reply = run(DEPLOY / "entrypoint", "true", SINGLESTREAM_RUN__REDIS_URL_FILE=str(tmp_path / "empty"))
         assert reply.returncode == 78
 
-    def test_it_finds_its_own_address_on_the_way_to_a_peer(self) -> None:
-        reply = run(DEPLOY / "entrypoint", *self.SHOW, SINGLESTREAM_ROLLOUT__HOST_TOWARDS="127.0.0.1")
+    def test_it_finds_its_own_address_on_the_way_to_a_peer(self, tmp_path: Path) -> None:
+        settings = {"SINGLESTREAM_ROLLOUT__HOST_TOWARDS": "127.0.0.1", "TMPDIR": str(tmp_path)}
+        reply = run(DEPLOY / "entrypoint", *self.SHOW, **settings)
         assert json.loads(reply.stdout)["SINGLESTREAM_ROLLOUT__HOST"] == "127.0.0.1"
+        assert (tmp_path / "listening_on").read_text() == "127.0.0.1\n", "the health check asks there"
 
     def test_a_peer_that_is_not_there_ends_it_at_the_deadline(self) -> None:
         reply = run(
@@ -195,32 +197,31 @@ class TestHealthcheck:
         server.server_close()
         thread.join()
 
-    def check(self, port: int, state: Path, parent: int = 0) -> int:
+    def check(self, port: int, folder: Path, parent: int = 0) -> int:
         return run(
             DEPLOY / "healthcheck",
             str(port),
-            SINGLESTREAM_HEALTH_STATE=str(state),
+            TMPDIR=str(folder),
             SINGLESTREAM_HEALTH_PARENT=str(parent),
             SINGLESTREAM_HUNG_AFTER="2",
         ).returncode
 
     def test_a_hung_service_is_ended_only_after_it_was_ready(self, service: dict[str, int], tmp_path: Path) -> None:
-        state = tmp_path / "state"
         init = subprocess.Popen(["sh", "-c", "sleep 600 & echo started; wait"], stdout=subprocess.PIPE, text=True)
         try:
             assert init.stdout is not None
             init.stdout.readline()
             port = service["port"]
-            assert self.check(port, state, init.pid) == 0
+            assert self.check(port, tmp_path, init.pid) == 0
             service["/healthz"] = 503
-            assert [self.check(port, state, init.pid) for _ in range(3)] == [1, 1, 1]
+            assert [self.check(port, tmp_path, init.pid) for _ in range(3)] == [1, 1, 1]
             assert init.poll() is None, "loading is no hang"
             service["/healthz"] = service["/readyz"] = 200
-            assert self.check(port, state, init.pid) == 0
+            assert self.check(port, tmp_path, init.pid) == 0
             service["/healthz"] = 503
-            assert self.check(port, state, init.pid) == 1
+            assert self.check(port, tmp_path, init.pid) == 1
             assert init.poll() is None, "one failure is no hang"
-            assert self.check(port, state, init.pid) == 1
+            assert self.check(port, tmp_path, init.pid) == 1
             init.wait(60)
         finally:
             init.kill()
@@ -229,27 +230,29 @@ class TestHealthcheck:
 
     def test_other_paths_may_be_asked_for(self, service: dict[str, int], tmp_path: Path) -> None:
         service["/agent"] = 200
-        settings = {"SINGLESTREAM_HEALTH_STATE": str(tmp_path / "state")}
-        assert run(DEPLOY / "healthcheck", str(service["port"]), "/agent", "/agent", **settings).returncode == 0
-        assert (tmp_path / "state").read_text() == "0", "it was ready: now a failure counts"
+        reply = run(DEPLOY / "healthcheck", str(service["port"]), "/agent", "/agent", TMPDIR=str(tmp_path))
+        assert reply.returncode == 0
+        assert (tmp_path / "health").read_text() == "0", "it was ready: now a failure counts"
 
     def test_nobody_there(self, tmp_path: Path) -> None:
-        assert self.check(1, tmp_path / "state") == 1
+        assert self.check(1, tmp_path) == 1
 
 
 class TestStayWhenDone:
     def test_a_failure_ends_with_its_code(self) -> None:
         assert run(DEPLOY / "stay_when_done", "sh", "-c", "exit 3").returncode == 3
 
-    def test_it_stays_after_success_and_ends_on_sigterm(self) -> None:
-        process = subprocess.Popen([str(DEPLOY / "stay_when_done"), "true"], stderr=subprocess.PIPE, text=True)
+    def test_it_stays_after_success_and_ends_on_sigterm(self, tmp_path: Path) -> None:
+        env = {**os.environ, "TMPDIR": str(tmp_path)}
+        process = subprocess.Popen([str(DEPLOY / "stay_when_done"), "true"], stderr=subprocess.PIPE, text=True, env=env)
         assert process.stderr is not None
         assert "the command is done" in process.stderr.readline()
         assert process.poll() is None
         process.terminate()
         process.wait(60)
         process.stderr.close()
-        Path("/tmp/finished").unlink(missing_ok=True)
+        reply = run(DEPLOY / "healthcheck", "1", TMPDIR=str(tmp_path))
+        assert (reply.returncode, reply.stdout) == (0, "finished\n"), "nothing answers any more, and nothing should"
 
     def test_sigterm_reaches_the_command(self, tmp_path: Path) -> None:
         mark, ready = tmp_path / "terminated", tmp_path / "ready"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,44 +19,36 @@ from singlestream.config import Config, load_config
 from singlestream.streams.ledger import read_ledger
 from singlestream.supervisor.status import read_steps
 from singlestream.supervisor.supervisor import Supervisor
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "configs" / "demo-cpu.toml"
 
+_numbers = itertools.count(1)
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+
+def ports() -> dict[str, str]:
+    """Settings that give each service a port of its own."""
+    places = ("VALUE_STORE__PORT", "SANDBOX_GATEWAY__PORT", "ROLLOUT__PORT", "LEARNER__METRICS_PORT")
+    return {f"SINGLESTREAM_{place}": str(free_port()) for place in places}
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """The demo's settings with small steps, in a folder and on ports of its own."""
-    store, sandbox, rollout, metrics = free_ports(4)
     settings = {
-        "RUN__NAME": f"e2e-{os.getpid()}-{store}",
+        "RUN__NAME": f"e2e-{os.getpid()}-{next(_numbers)}",
         "RUN__MODEL": str(ROOT / ".cache" / "models" / "tiny"),
         "RUN__RUNS_DIR": str(tmp_path),
         "RUN__TOTAL_STEPS": "12",
         "RUN__TRAIN_BATCH_SIZE": "32",
         "ROLLOUT__SLOTS": "16",
         "ROLLOUT__LEASE_TIMEOUT_S": "8",
-        "VALUE_STORE__PORT": str(store),
-        "SANDBOX_GATEWAY__PORT": str(sandbox),
         "SANDBOX_GATEWAY__SLOTS": "2",
-        "ROLLOUT__PORT": str(rollout),
-        "LEARNER__METRICS_PORT": str(metrics),
         "LEARNER__CHECKPOINT_EVERY": "3",
     }
-    for name, value in settings.items():
-        monkeypatch.setenv(f"SINGLESTREAM_{name}", value)
+    for name, value in ({f"SINGLESTREAM_{name}": value for name, value in settings.items()} | ports()).items():
+        monkeypatch.setenv(name, value)
     return load_config(DEMO)
 
 

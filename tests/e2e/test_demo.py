@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.e2e.conftest import ROOT, free_ports
+from tests.e2e.conftest import ROOT, ports
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
@@ -17,18 +18,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Run the demo as a user does, on ports of its own; returns what it wrote."""
-    import os
-
     runs = tmp_path_factory.mktemp("runs")
-    store, sandbox, rollout, metrics = free_ports(4)
-    env = {
-        **os.environ,
-        "SINGLESTREAM_RUN__RUNS_DIR": str(runs),
-        "SINGLESTREAM_VALUE_STORE__PORT": str(store),
-        "SINGLESTREAM_SANDBOX_GATEWAY__PORT": str(sandbox),
-        "SINGLESTREAM_ROLLOUT__PORT": str(rollout),
-        "SINGLESTREAM_LEARNER__METRICS_PORT": str(metrics),
-    }
+    env = {**os.environ, "SINGLESTREAM_RUN__RUNS_DIR": str(runs), **ports()}
     command = [sys.executable, "-m", "singlestream.cli.main", "demo"]
     reply = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1100)
     assert reply.returncode == 0, reply.stdout[-4000:] + reply.stderr[-4000:]

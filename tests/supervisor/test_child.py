@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from singlestream.errors import DeadlineExceeded, ServiceError
 from singlestream.supervisor.child import Child, Spec
+from tests.processes import gone
 
 
 async def always() -> str | None:
@@ -39,6 +39,7 @@ async def test_a_killed_service_is_started_again(tmp_path: Path) -> None:
     os.kill(first, signal.SIGKILL)
     await until(lambda: child.pid not in (None, first))
     assert child.restarts == 1
+    assert "supervisor: service ended with code -9; starting it again in 0.1 s" in child.log_path.read_text()
     await child.stop()
     await task
     assert child.pid is None
@@ -52,7 +53,7 @@ async def test_what_a_killed_service_leaves_behind_is_killed_too(tmp_path: Path)
     [orphan] = [process for process in child._family if process.name() == "sleep"]
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
-    await until(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE)
+    await until(lambda: gone(orphan))
     await child.stop()
     await task
 

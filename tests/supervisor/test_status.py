@@ -47,4 +47,10 @@ async def test_queues_and_line(redis: Redis, keys: Keys) -> None:
     assert "step 3/10 | reward 0.500" in line
     assert "learner idle 40% | ETA 14 s" in line
     assert "2 unread 1 running" in line
+    steps = [step(1, 2.0), step(3, 6.0)]
+    assert "ETA 14 s" in render(steps, queues, total_steps=10, since_s=59.0)
+    assert "no step for 61 s" in render(steps, queues, total_steps=10, since_s=61.0)
+    assert "no step" not in render(steps, queues, total_steps=3, since_s=61.0), "all are done"
+    slow = [step(1, 2.0), step(3, 62.0)]
+    assert "no step" not in render(slow, queues, total_steps=10, since_s=61.0), "its usual pace"
     assert "Redis does not answer" in render([], None, total_steps=10)

@@ -12,6 +12,7 @@ from singlestream.config import Config, load_config
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.errors import ConfigError
 from singlestream.supervisor.supervisor import Supervisor, check_ports, check_room, claim
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -22,6 +23,8 @@ def path(tmp_path: Path) -> Path:
     file.write_text(
         f'[run]\nname = "mine"\nmodel = "{tmp_path}/model"\ntotal_steps = 1\n'
         f'runs_dir = "{tmp_path}/runs"\nweights_dir = "{tmp_path}"\n'
+        f"[value_store]\nport = {free_port()}\n[rollout]\nport = {free_port()}\n"
+        f"[sandbox_gateway]\nport = {free_port()}\n[learner]\nmetrics_port = {free_port()}\n"
     )
     return file
 
@@ -54,13 +57,11 @@ async def test_another_folder_does_not_share_the_weights(config: Config, path: P
 
 
 def test_a_taken_port_is_named_with_the_variable_that_changes_it(config: Config) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        taken = config.model_copy(update={"rollout": config.rollout.model_copy(update={"port": port})})
-        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}.*SINGLESTREAM_ROLLOUT__PORT"):
-            check_ports(taken)
+    check_ports(config)
+    port = config.rollout.port
+    told = pytest.raises(ConfigError, match=rf"127.0.0.1:{port}.*SINGLESTREAM_ROLLOUT__PORT")
+    with socket.create_server(("127.0.0.1", port)), told:
+        check_ports(config)
 
 
 def test_a_full_disk_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

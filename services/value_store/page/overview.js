@@ -54,7 +54,7 @@ function HeatMap({ snapshots }) {
 
 function Leases({ leases }) {
   const columns = ["leased", "outstanding", "trained", "stale", "failed", "scored", "cancelled"];
-  return html`<div class="scroll">
+  return html`<div class="scroll" tabindex="0" role="region" aria-label="Leases by purpose and state">
     <table>
       <caption class="soft" style="text-align:left">Leases by purpose and state</caption>
       <thead>

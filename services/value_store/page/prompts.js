@@ -78,7 +78,7 @@ export function Prompts() {
       </label>
     </form>
     ${trouble && html`<p class="notice bad">${trouble}</p>`}
-    <div class="scroll">
+    <div class="scroll" tabindex="0" role="region" aria-label="Prompts and their values">
       <table id="prompts">
         <thead>
           <tr>
@@ -92,7 +92,7 @@ export function Prompts() {
     ${page.prompts.length === 0 && html`<p class="soft">No prompts${asked.q ? " match on this page" : " yet"}.</p>`}
     <nav class="tools" aria-label="Pages">
       <button disabled=${cursors.length === 1} onClick=${() => setCursors(cursors.slice(0, -1))}>Previous</button>
-      <span>Page ${cursors.length}</span>
+      <span role="status">Page ${cursors.length}</span>
       <button disabled=${!page.cursor} onClick=${() => setCursors([...cursors, page.cursor])}>Next</button>
     </nav>
   </section>`;

@@ -7,13 +7,9 @@ function Chart({ entries }) {
   const height = 200;
   const x = (i) => 30 + ((width - 40) * (i + 0.5)) / entries.length;
   const y = (v) => 10 + (height - 20) * (1 - v);
-  // The normal approximation of the interval, from v̂ and n_eff: the exact one stands beside the posterior as it is now.
-  const spread = (one) => 1.96 * Math.sqrt((one.v_hat_after * (1 - one.v_hat_after)) / (one.n_eff + 1));
-  const inside = (v) => Math.min(1, Math.max(0, v));
-  const upper = entries.map((one, i) => `${x(i)},${y(inside(one.v_hat_after + spread(one)))}`);
-  const lower = entries.map((one, i) => `${x(i)},${y(inside(one.v_hat_after - spread(one)))}`);
+  const [lower, upper] = [0, 1].map((end) => entries.map((one, i) => `${x(i)},${y(one.interval[end])}`));
   const line = entries.map((one, i) => `${x(i)},${y(one.v_hat_after)}`);
-  const words = `Value over ${entries.length} visits, from ${number(entries[0].v_hat_after)} to ${number(entries[entries.length - 1].v_hat_after)}; dots are rewards.`;
+  const words = `Value over ${entries.length} visits, from ${number(entries[0].v_hat_after)} to ${number(entries[entries.length - 1].v_hat_after)}; the band is the 95 % interval, dots are rewards.`;
   return html`<figure style="margin:0">
     <svg viewBox="0 0 ${width} ${height}" role="img" aria-label=${words}>
       <text x="4" y="16">1</text><text x="4" y=${height - 6}>0</text>
@@ -26,7 +22,7 @@ function Chart({ entries }) {
 }
 
 function Updates({ entries }) {
-  return html`<div class="scroll">
+  return html`<div class="scroll" tabindex="0" role="region" aria-label="Every update, newest first">
     <table id="history">
       <thead>
         <tr>${["lease", "version", "reward", "v̂ before", "v̂ after", "ρ", "n_eff", "at"].map((name) => html`<th scope="col">${name}</th>`)}</tr>

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from redis import Redis
 
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys
+from tests.ports import free_port
 from tests.services.learner.recorded import Run, random_model
 
 
@@ -42,12 +42,9 @@ def make_run(tiny: Path, redis_server: EmbeddedRedis, keys: Keys, tmp_path: Path
         learner: dict[str, Any] | None = None,
         value_store: dict[str, Any] | None = None,
     ) -> Run:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         name = keys.run + suffix
         sections = (run or {}, learner or {}, value_store or {})
-        return Run(tmp_path, tiny, redis_server.url, name, port, *sections, processes)
+        return Run(tmp_path, tiny, redis_server.url, name, free_port(), *sections, processes)
 
     yield make
     for process in processes:

@@ -161,7 +161,7 @@ class Run:
         self.processes.append(process)
         return process
 
-    def finish(self, ranks: int = 1, deadline_s: float = 100.0) -> str:
+    def finish(self, ranks: int = 1, deadline_s: float = 300.0) -> str:
         """Run the learner to its end; returns its log."""
         process = self.start(ranks)
         try:

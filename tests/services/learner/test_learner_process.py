@@ -6,12 +6,10 @@ import json
 import signal
 import subprocess
 import tempfile
-import time
 import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +26,9 @@ from singlestream.contracts import (
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys
 from tests.services.learner.recorded import Run, append, lease, record, trajectory
+from tests.services.learner.waiting import end, read_log_until, resume_step, wait_until
+
+pytestmark = pytest.mark.timeout(400)
 
 MakeRun = Callable[..., Run]
 
@@ -38,17 +39,6 @@ def updates(redis: Redis, keys: Keys) -> list[PosteriorUpdate]:
 
 def versions(redis: Redis, keys: Keys) -> list[PolicyVersion]:
     return [decode_as(PolicyVersion, fields[b"m"]) for _, fields in redis.xrange(keys.policy_versions)]
-
-
-def wait_until(true: Callable[[], Any], process: subprocess.Popen[str], deadline_s: float = 60.0) -> None:
-    started = time.monotonic()
-    while not true():
-        if process.poll() is not None:
-            raise AssertionError(f"the learner ended with {process.returncode}: {process.communicate()[0]}")
-        if time.monotonic() - started > deadline_s:
-            process.kill()
-            raise AssertionError(f"nothing after {deadline_s} s: {process.communicate()[0]}")
-        time.sleep(0.01)
 
 
 def state(redis: Redis, keys: Keys) -> str:
@@ -74,7 +64,7 @@ def test_a_run_from_start_to_end(sync_redis: Redis, keys: Keys, make_run: MakeRu
     steps = run.steps()
     assert [(s["step"], s["trajectories"], s["stale"]) for s in steps] == [(1, 8, 0), (2, 8, 0), (3, 1, 1)]
     assert [s["drift_source"] for s in steps] == ["next_batch", "next_batch", "trained_batch"]
-    assert all(abs(s["weight_sum_check"]) < 1e6 and s["grad_norm"] > 0 for s in steps[:2])
+    assert all(s["grad_norm"] > 0 for s in steps[:2])
 
     sent = updates(sync_redis, keys)
     outcomes = {n: [u.lease_id for u in sent if u.outcome == n] for n in ("trained", "stale", "failed")}
@@ -118,7 +108,6 @@ def test_published_weights_are_the_models_own(sync_redis: Redis, keys: Keys, mak
         assert torch.equal(flat.view(entry.shape), expected[entry.name])
 
 
-@pytest.mark.timeout(200)
 def test_a_killed_learner_goes_on_as_if_nothing_had_happened(sync_redis: Redis, keys: Keys, make_run: MakeRun) -> None:
     undisturbed = make_run("u", run={"total_steps": 7})
     record(sync_redis, Keys(undisturbed.name), 56)
@@ -128,7 +117,8 @@ def test_a_killed_learner_goes_on_as_if_nothing_had_happened(sync_redis: Redis, 
     run = make_run(run={"total_steps": 7})
     record(sync_redis, keys, 56, last=32)
     process = run.start()
-    wait_until(lambda: len(run.steps()) >= 3, process)  # one step beyond the checkpoint of step 2
+    # beyond the checkpoint of step 2, which is written beside the next steps
+    wait_until(lambda: len(run.steps()) >= 3 and resume_step(sync_redis, keys) >= 2, process)
     process.kill()
     process.wait()
     record(sync_redis, keys, 56, first=33)
@@ -144,7 +134,6 @@ def test_a_killed_learner_goes_on_as_if_nothing_had_happened(sync_redis: Redis, 
     assert again[0].version in (2, 4), "the checkpoint's weights are published at once"
 
 
-@pytest.mark.timeout(240)
 def test_resume_on_other_numbers_of_ranks_past_a_truncated_checkpoint_and_never_from_a_foreign_one(
     sync_redis: Redis, keys: Keys, make_run: MakeRun
 ) -> None:
@@ -171,7 +160,7 @@ def test_resume_on_other_numbers_of_ranks_past_a_truncated_checkpoint_and_never_
         state["identity"]["run.name"] = "another"
         (path / "state.json").write_text(json.dumps(state))
     process = run.start()
-    output, _ = process.communicate(timeout=60)
+    output = end(process)
     assert process.returncode == 1
     assert f"it is not of this run or model: run.name was another, is {run.name}" in output
 
@@ -187,20 +176,19 @@ def test_sigterm_while_waiting_leaves_a_checkpoint_and_ends_well(
     status = json.loads(sync_redis.get(keys.learner) or b"")
     assert status["waiting_for"] == "trajectories: 3 of 8 have arrived"
     metrics = f"http://127.0.0.1:{run.port}/metrics"  # written beside the loop, once the version is announced
-    wait_until(lambda: b"learner_step 1.0" in urllib.request.urlopen(metrics, timeout=10).read(), process)
+    wait_until(lambda: b"learner_step 1.0" in urllib.request.urlopen(metrics, timeout=60).read(), process)
     manifest = versions(sync_redis, keys)[-1].manifest
-    served = urllib.request.urlopen(f"http://127.0.0.1:{run.port}/weights/{Path(manifest.path).name}", timeout=10)
+    served = urllib.request.urlopen(f"http://127.0.0.1:{run.port}/weights/{Path(manifest.path).name}", timeout=60)
     assert served.read() == Path(manifest.path).read_bytes()
     assert manifest.remote is not None
     assert [(delta.base_version, delta.version) for delta in manifest.remote.deltas] == [(0, 1)]
     assert 0 < run.steps()[0]["delta_ratio"] < 0.2, "few bfloat16 values move at a small learning rate"
-    ready = urllib.request.urlopen(f"http://127.0.0.1:{run.port}/readyz", timeout=10)
+    ready = urllib.request.urlopen(f"http://127.0.0.1:{run.port}/readyz", timeout=60)
     assert ready.status == 200
-    time.sleep(1.5)
+    read_log_until("waiting for trajectories: 3 of 8 have arrived", process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output = end(process)
     assert process.returncode == 0, output
-    assert "waiting for trajectories: 3 of 8 have arrived" in output
     pointer = (sync_redis.get(keys.resume) or b"").decode()
     assert pointer.startswith("step-00000001-")
 
@@ -211,14 +199,14 @@ def test_a_second_learner_fences_the_first(sync_redis: Redis, keys: Keys, make_r
     process = first.start()
     wait_until(lambda: state(sync_redis, keys) == "waiting", process)
     sync_redis.set(keys.fence("learner"), "another")
-    output, _ = process.communicate(timeout=30)
+    output = end(process)
     assert process.returncode == 1
     assert "another learner has taken over" in output
 
 
 def test_silence_ends_the_wait_with_its_cause(sync_redis: Redis, keys: Keys, make_run: MakeRun) -> None:
     process = make_run(learner={"wait_timeout_s": 2.0}).start(2)
-    output, _ = process.communicate(timeout=60)
+    output = end(process)
     assert process.returncode == 1
     assert "s for trajectories: 0 of 8 have arrived" in output
     assert "rank 0 failed: DeadlineExceeded" in output, "the other rank knows the cause"
@@ -228,7 +216,7 @@ def test_three_steps_that_are_not_finite_stop_the_run(sync_redis: Redis, keys: K
     record(sync_redis, keys, 64)
     run = make_run(run={"total_steps": 8}, learner={"lr": 1e30, "checkpoint_every": 100})
     process = run.start()
-    output, _ = process.communicate(timeout=60)
+    output = end(process)
     assert process.returncode == 1
     assert "3 steps in a row were not finite" in output
     assert "step 2 skipped" in output or "step 3 skipped" in output
@@ -242,7 +230,7 @@ def test_a_taken_port_is_a_clear_error(keys: Keys, make_run: MakeRun) -> None:
         taken.bind(("127.0.0.1", run.port))
         taken.listen()
         process = run.start()
-        output, _ = process.communicate(timeout=60)
+        output = end(process)
     assert process.returncode == 1
     assert f"learner.metrics_port: cannot bind 127.0.0.1:{run.port}" in output
 
@@ -255,7 +243,7 @@ def test_help_is_there_without_torch() -> None:
         "try: main(['--help'])\n"
         "except SystemExit: print('torch' in sys.modules)"
     )
-    reply = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    reply = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert reply.stdout.splitlines()[-1] == "False"
 
 
@@ -271,14 +259,12 @@ def test_redis_may_go_away_and_come_back(make_run: MakeRun) -> None:
                 process = run.start()
                 wait_until(lambda: state(client, keys) == "waiting", process)
             server.kill()
-            time.sleep(1.5)
-            assert process.poll() is None
+            read_log_until("redis is away (trajectories)", process)
             server.start()
             with Redis(unix_socket_path=str(server.socket)) as client:
                 record(client, keys, 32, first=12)
-                output, _ = process.communicate(timeout=60)
+                output = end(process)
                 assert process.returncode == 0, output
-                assert "redis is away (trajectories)" in output
                 assert [s["step"] for s in run.steps()] == [1, 2, 3, 4]
                 assert {u.lease_id for u in updates(client, keys)} == {lease(n) for n in range(1, 33)}
         finally:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.learner.advantages import normalise
 from services.learner.loss import LossSettings, importance_weights, objective
-from tests.services.learner.reference import reference_loss
+from tests.services.learner.reference import reference_loss, reference_normalise
 
 
 def tensors(*columns: list[float]) -> list[torch.Tensor]:
@@ -102,3 +103,38 @@ def test_against_the_reference(
         current, behaviour, advantage, mask, total, old=given_old, mode=settings.old, truncation=settings.truncation
     )
     assert result.loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+LENGTHS = st.lists(
+    st.tuples(st.lists(st.booleans(), max_size=6), st.floats(0, 1), st.floats(0.01, 0.99)), min_size=1, max_size=8
+)
+"""Of each trajectory whether each of its action tokens trains, its reward and its baseline."""
+
+
+@given(LENGTHS, st.booleans(), st.sampled_from(["token", "trajectory"]), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_a_batch_from_its_rewards_to_the_loss_of_all_micro_batches(
+    drawn: list[tuple[list[bool], float, float]], equal: bool, over: str, micro_batches: int, seed: int
+) -> None:
+    """Masks, responses without tokens, equal rewards, a single trajectory; the parts add up to the global loss."""
+    rng = np.random.default_rng(seed)
+    masks = [np.array(mask, bool) for mask, _, _ in drawn]
+    raw = [0.25 if equal else reward - v_hat for _, reward, v_hat in drawn]
+    trained = [int(mask.sum()) for mask in masks]
+    rows = [np.stack([-rng.exponential(1, len(mask)), -rng.exponential(1, len(mask))]) for mask in masks]
+    total = sum(map(len, masks))
+
+    scaled = normalise(np.array(raw), np.array(trained), over)  # type: ignore[arg-type]
+    loss = 0.0
+    for first in range(micro_batches):
+        part = range(first, len(rows), micro_batches)
+        if sum(len(masks[i]) for i in part):
+            logprobs, behaviour = torch.from_numpy(np.concatenate([rows[i] for i in part], axis=1))
+            advantages = torch.from_numpy(np.repeat(scaled[list(part)], [len(masks[i]) for i in part]))
+            mask = torch.from_numpy(np.concatenate([masks[i] for i in part]))
+            loss += objective(logprobs, behaviour, advantages, mask, total, LossSettings()).loss.item()
+
+    flat = np.concatenate(rows, axis=1)
+    expected = np.repeat(reference_normalise(raw, trained, over), [len(mask) for mask in masks])
+    assert loss == pytest.approx(
+        reference_loss(flat[0], flat[1], expected, np.concatenate(masks), max(1, total)), rel=1e-6, abs=1e-6
+    )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
@@ -17,6 +18,7 @@ from tests.services.learner.recorded import ROOT
 WIDTH, LAYERS, RANKS = 512, 16, 2
 
 
+@pytest.mark.timeout(400)
 def test_two_ranks_load_a_model_that_neither_has_room_for(tiny: Path, tmp_path: Path) -> None:
     config = tiny_config(make_tokenizer(), LAYERS)
     config.hidden_size, config.intermediate_size, config.head_dim = WIDTH, 3 * WIDTH, WIDTH // 4
@@ -44,7 +46,7 @@ def test_two_ranks_load_a_model_that_neither_has_room_for(tiny: Path, tmp_path: 
         for rank in range(RANKS)
     ]
     try:
-        replies = [process.communicate(timeout=100)[0] for process in processes]
+        replies = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

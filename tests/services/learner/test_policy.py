@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.services.learner.recorded import ROOT, lease
 
+pytestmark = pytest.mark.timeout(400)
+
 BASE = {
     "lr": 3e-4, "compute_dtype": "float32", "attention": "padded", "micro_batch_tokens": 4096, "peak_tflops": 2.0,
 }  # fmt: skip
@@ -26,7 +28,12 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True, "logprob_chunk_tokens": 7, "peak_tflops": 0.0},
 }
 LORA = {"lora_rank": 4, "lora_alpha": 12.0, "lora_targets": ["q_proj", "down_proj"], "lr": 1e-3}
-TWO_RANKS = {name: ONE_RANK[name] for name in ("padded", "packed-4")}
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "packed": {"attention": "packed"},
+    "packed-4": {"attention": "packed", "micro_batch_tokens": 55},
+    "padded-4": {"micro_batch_tokens": 65},
+}
 MICRO_BATCHES = {"packed-4": 4, "padded-4": 4}
 
 Results = dict[str, dict[str, Any]]
@@ -39,7 +46,7 @@ def run_steps(model: Path, out: Path, ranks: int, runs: dict[str, dict[str, Any]
     settings = {name: {**BASE, **changes} for name, changes in runs.items()}
     command += ["tests.services.learner.steps_worker", str(model), str(out), json.dumps(settings)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    reply = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    reply = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert reply.returncode == 0, reply.stderr
     results: Results = torch.load(out)
     return results
@@ -58,6 +65,7 @@ def two_ranks(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
     """A step moves a weight by about 3e-4; the tolerance is a thirtieth of that."""
     for mine, theirs in zip(one["facts"], other["facts"], strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-5
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert one["tensors"].keys() == other["tensors"].keys()
     for name, tensor in one["tensors"].items():
@@ -81,6 +89,7 @@ def test_the_layout_does_not_matter(one_rank: Results, name: str) -> None:
 
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_the_number_of_ranks_does_not_matter(one_rank: Results, two_ranks: Results, name: str) -> None:
+    assert two_ranks[name]["micro_batches"] == pytest.approx(MICRO_BATCHES.get(name, 1), abs=1), "of each rank"
     same(one_rank["padded"], two_ranks[name])
 
 

@@ -37,12 +37,16 @@ class ScriptedEngine:
     ) -> None:
         self.tokenizer, self.script, self.stall = tokenizer, script, stall
         self.stalled = asyncio.Event()
+        self.gate = asyncio.Event()
+        """No turn begins while it is not set."""
+        self.gate.set()
         self.versions = versions or (lambda _: (0, 1))
         self.requests: list[GenerationRequest] = []
         self.held = (0, 1)
         self._aborts: dict[str, asyncio.Event] = {}
 
     async def generate(self, request_id: str, request: GenerationRequest) -> Generation:
+        await self.gate.wait()
         self.requests.append(request)
         ids = self._turn(request)
         sampled: list[int] = []

@@ -7,12 +7,11 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from redis.asyncio import Redis
 from singlestream.contracts import Lease, Sampling, Trajectory, decode, encode
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys, connect
+from tests.ports import free_port
 from tests.services.rollout import policies
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,18 +31,13 @@ RESPONSE_TOKENS = 400
 START_S = 400.0
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 class Service:
     """The service under test.
 
     Args:
         folder: for its logs and weights.
-        redis: a client of its Redis.
+        server: its Redis.
+        redis: a client of it.
         keys: of its run.
         port: of its HTTP interface.
         environment: its settings.
@@ -50,9 +45,17 @@ class Service:
     """
 
     def __init__(
-        self, folder: Path, redis: Redis, keys: Keys, port: int, environment: dict[str, str], arguments: tuple[str, ...]
+        self,
+        folder: Path,
+        server: EmbeddedRedis,
+        redis: Redis,
+        keys: Keys,
+        port: int,
+        environment: dict[str, str],
+        arguments: tuple[str, ...],
     ) -> None:
-        self.folder, self.redis, self.keys, self.port, self.environment = folder, redis, keys, port, environment
+        self.folder, self.server, self.redis, self.keys = folder, server, redis, keys
+        self.port, self.environment = port, environment
         self.leases = 0
         self.process = self.start("log", "services.rollout", *arguments)
 
@@ -74,6 +77,16 @@ class Service:
     async def scale(self, replicas: int) -> None:
         command = self.start("scale.log", "singlestream.cli.main", "scale", "rollout", str(replicas))
         assert await asyncio.to_thread(command.wait, 60) == 0, (self.folder / "scale.log").read_text()
+
+    async def told(self, action: str, replicas: set[str]) -> list[dict[str, Any]]:
+        """`control`, once Serve knows all of these replicas, which is a little after their first report."""
+        started = time.monotonic()
+        while True:
+            answers = await self.control(action)
+            if {one["replica"] for one in answers} == replicas:
+                return answers
+            assert time.monotonic() - started < START_S, f"waited for {replicas} to be told: {answers}"
+            await asyncio.sleep(0.2)
 
     async def control(self, action: str) -> list[dict[str, Any]]:
         """``POST /v1/control``: what every replica says it is like afterwards."""
@@ -121,6 +134,17 @@ class Service:
             assert time.monotonic() - started < deadline_s, f"waited for {count} {what}: {await self.reports()}"
             await asyncio.sleep(0.2)
 
+    async def feed(
+        self, version: int, enough: Callable[[dict[str, dict[str, Any]]], Any], what: str, question: str | None = None
+    ) -> None:
+        """Keep leases waiting for the replicas until their reports are as wanted."""
+        started = time.monotonic()
+        while not enough(told := await self.reports()):
+            assert time.monotonic() - started < START_S, f"waited for {what}: {told}"
+            if await self.redis.xlen(self.keys.leases("train")) < 4 * SLOTS:
+                await self.add(SLOTS, version, question)
+            await asyncio.sleep(0.05)
+
     async def ended(self, count: int, deadline_s: float = START_S) -> list[Trajectory]:
         started = time.monotonic()
         while await self.redis.xlen(self.keys.trajectories) < count:
@@ -164,7 +188,7 @@ async def running(folder: Path, *arguments: str, **rollout: object) -> AsyncIter
         environment = {f"SINGLESTREAM_{key}": str(value) for key, value in settings.items()}
         environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
         redis = connect(server.url)
-        service = Service(folder, redis, Keys(name), port, environment, arguments)
+        service = Service(folder, server, redis, Keys(name), port, environment, arguments)
         try:
             await service.publish(1, 0)
             yield service

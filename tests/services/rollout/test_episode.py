@@ -140,13 +140,13 @@ async def test_max_tool_calls() -> None:
 
 
 async def test_deadline_while_sampling_keeps_the_tokens() -> None:
-    finished = await Case(["x" * 200], limits=settings(episode_deadline_s=0.3), stall=(0, 9)).finish()
+    finished = await Case(["x" * 200], limits=settings(episode_deadline_s=1.0), stall=(0, 9)).finish()
     assert finished.end_reason == "deadline"
     assert len(finished.segments[1].token_ids) == 9
 
 
 async def test_deadline_while_the_tool_runs() -> None:
-    case = Case([CALL, BOX], limits=settings(episode_deadline_s=0.3))
+    case = Case([CALL, BOX], limits=settings(episode_deadline_s=1.0))
     case.sandbox.hangs = True
     finished = await case.finish()
     assert (finished.end_reason, finished.turns, finished.tool_calls) == ("deadline", 1, [])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from services.rollout.worker import RolloutWorker
 from services.value_store import evaluations
 from services.value_store.jobs import Job
 from services.value_store.store import Store
@@ -18,7 +19,7 @@ from singlestream.errors import Fenced
 from singlestream.streams import Keys
 from singlestream.streams.pins import Pin
 from tests.services.rollout.scripted import ScriptedEngine, lease
-from tests.services.rollout.test_worker import BOX, TOKENIZER, Site, Working, until
+from tests.services.rollout.site import BOX, TOKENIZER, Site, Working, true, until
 from tests.services.value_store.world import Running, World, make_prompts
 
 SAMPLING = Sampling(temperature=0.6, top_p=0.95, top_k=20)
@@ -85,27 +86,31 @@ async def test_one_policy_samples_it_while_the_other_replica_trains_on(site: tup
     one, store = site
     first, second = SlowEngine(TOKENIZER, [BOX]), SlowEngine(TOKENIZER, [BOX])
     async with Working(one.worker("a", first)) as a, Working(one.worker("b", second)) as b:
-        await until(lambda: _say(len(store.alive_replicas()) == 2), "both replicas' reports")
+        await until(lambda: true(len(store.alive_replicas()) == 2), "both replicas' reports")
         job = await evaluations.create_job(store, evaluation(store, n=8), resume=False)
-        await until(lambda: _say(job.policy == (0, 1) and job.done > 0), "the version of the evaluation")
-        await one.publish(5)
+        await until(lambda: true(job.policy == (0, 1) and job.done > 0), "the version of the evaluation")
         pinned, other = (a, b) if a.weights.holding else (b, a)
-        await until(lambda: _say(other.weights.held == (5, 1)), "the other replica's update")
+        await until(lambda: true(purposes(pinned) == {"evaluate"}), "the evaluation alone")
+        engine = first if pinned is a else second
+        engine.gate.clear()
+        await one.publish(5)
+        await until(lambda: true(other.weights.held == (5, 1)), "the other replica's update")
         await until(lambda: trained(one, 5), "training by the newer policy")
+        await until(lambda: true(purposes(other) == {"train"}), "training alone")
         assert job.finished_at_s is None
         assert pinned.weights.held == (0, 1)
-        assert {running.held.lease.purpose for running in pinned.running.values()} <= {"evaluate"}
-        assert {running.held.lease.purpose for running in other.running.values()} <= {"train"}
-        await until(lambda: _say(job.finished_at_s is not None), "the evaluation", 60)
+        assert purposes(pinned) == {"evaluate"}
+        engine.gate.set()
+        await until(lambda: true(job.finished_at_s is not None), "the evaluation", 60)
         assert versions(job) == {"0": job.total}
         assert job.failed == 0
-        await until(lambda: _say(pinned.weights.held == (5, 1)), "the update that was put off")
-    assert store.memory.pin is None
+        await until(lambda: true(pinned.weights.held == (5, 1)), "the update that was put off")
+        await until(lambda: true(store.memory.pin is None), "the pin's end")
     assert await one.redis.xlen(one.keys.dead_letters) == 0
 
 
-async def _say(value: bool) -> bool:
-    return value
+def purposes(worker: RolloutWorker) -> set[str]:
+    return {running.held.lease.purpose for running in worker.running.values()}
 
 
 async def test_a_version_that_died_with_its_replica_ends_the_job_by_name(
@@ -118,19 +123,19 @@ async def test_a_version_that_died_with_its_replica_ends_the_job_by_name(
         store.config.model_copy(update={"rollout": store.config.rollout.model_copy(update={"evaluation_share": 1.0})}),
     )
     async with Working(one.worker("a", SlowEngine(TOKENIZER, [BOX]))):
-        await until(lambda: _say(bool(store.alive_replicas())), "the replica's report")
+        await until(lambda: true(bool(store.alive_replicas())), "the replica's report")
         job = await evaluations.create_job(store, evaluation(store, n=8), resume=False)
-        await until(lambda: _say(job.done > 0), "the first results")
+        await until(lambda: true(job.done > 0), "the first results")
     await one.publish(5)
     async with Working(one.worker("b", SlowEngine(TOKENIZER, [BOX]))) as b:
-        await until(lambda: _say(job.error is not None), "the job's end")
+        await until(lambda: true(job.error is not None), "the job's end")
         assert job.error == "policy version 0.1 is on no replica any more, they hold 5.1"
         after = await evaluations.create_job(store, evaluation(store, 1, "f" * 12), resume=True)
-        await until(lambda: _say(after.finished_at_s is not None), "the next evaluation", 60)
+        await until(lambda: true(after.finished_at_s is not None), "the next evaluation", 60)
         assert versions(after) == {"5": after.total}
-        await until(lambda: _say(not store.memory.open["evaluate"]), "the old job's last leases to end")
-        await until(lambda: _say(not b.weights.holding), "the end of the hold")
-    assert store.memory.pin is None
+        await until(lambda: true(not store.memory.open["evaluate"]), "the old job's last leases to end")
+        await until(lambda: true(not b.weights.holding), "the end of the hold")
+        await until(lambda: true(store.memory.pin is None), "the pin's end")
 
 
 async def test_a_pinned_lease_whose_job_is_gone_is_cancelled(redis: Redis, keys: Keys, tmp_path: Path) -> None:
@@ -153,10 +158,10 @@ async def test_weights_are_held_only_once_a_published_policy_is_loaded(
     file.rename(hidden)
     await redis.set(keys.pin, Pin(JOB, ("a",)).text())
     async with Working(one.worker("a", SlowEngine(TOKENIZER, [BOX]))) as a:
-        await until(lambda: _say(bool(a.weights.last_error) and a.weights.holding), "a load that failed")
+        await until(lambda: true(bool(a.weights.last_error) and a.weights.holding), "a load that failed")
         assert a.report()["pinned"] is None
         hidden.rename(file)
-        await until(lambda: _say(a.report()["pinned"] == JOB), "the answer")
+        await until(lambda: true(a.report()["pinned"] == JOB), "the answer")
         assert a.weights.held == (3, 1)
 
 
@@ -165,7 +170,7 @@ async def test_after_a_pin_an_unpinned_lease_waits_for_its_own_policy(redis: Red
     await one.publish(0)
     await redis.set(keys.pin, Pin(JOB, ("a",), 0, 1).text())
     async with Working(one.worker("a", SlowEngine(TOKENIZER, [BOX]))) as a:
-        await until(lambda: _say(a.report()["pinned"] == JOB), "the held weights")
+        await until(lambda: true(a.report()["pinned"] == JOB), "the held weights")
         await one.publish(5)
         await redis.set(keys.pin, "")
         await one.add(lease(lease_id="evaluate:0000abcd:1", job="f" * 12, version=5, lineage=1))

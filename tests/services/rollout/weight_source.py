@@ -19,14 +19,9 @@ from services.learner.weights_http import WeightFiles
 from singlestream.config import Config
 from singlestream.contracts import PolicyVersion
 from singlestream.streams import Keys, newest_version
+from tests.ports import free_port
 
 TOKEN = "a-token"  # noqa: S105
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Source:

@@ -79,6 +79,15 @@ FILES = (
         os.listdir('/proc/self/fd')
         """,
     ),
+    raising(
+        "a secret in the gateway's files",
+        """
+        open('SECRET_FILE')
+        open('/proc/1/root' + 'SECRET_FILE')
+        os.symlink('SECRET_FILE', '/tmp/a'); open('/tmp/a')
+        open('/tmp/../..' + 'SECRET_FILE')
+        """,
+    ),
     Attack(
         "its environment",
         "import os; print('held' if 'TEST_SECRET' not in os.environ and len(os.environ) < 12 else dict(os.environ))",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,16 +11,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+from tests.ports import free_port
+
 SECRET = "hunter2-not-for-snippets"  # noqa: S105
-"""In the gateway's environment and in a file that it can read; no output may ever hold it."""
-START_DEADLINE_S = 60.0
-SETTLE_DEADLINE_S = 30.0
+"""In the gateway's environment and in its :attr:`Gateway.secret_file`; no output may ever hold it."""
+START_DEADLINE_S = 120.0
+SETTLE_DEADLINE_S = 60.0
+NAMED = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'snippet', 0, 0, 0)\n"
+"""Lets the tests tell a run from the zygote and from the jails that wait for a program."""
+
+
+def name_of(process: psutil.Process) -> str:
+    """Empty where it has ended."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 class Gateway:
@@ -31,8 +45,7 @@ class Gateway:
     """
 
     def __init__(self, warm: bool = True, **settings: object) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = tempfile.NamedTemporaryFile("w+", prefix="sandbox-gateway-", suffix=".log")  # noqa: SIM115
         environment = {
@@ -53,6 +66,7 @@ class Gateway:
             self.log.close()
             raise
         self.http = httpx.Client(base_url=self.url, timeout=90)
+        self._leave_secret()
 
     @classmethod
     def attach(cls, pid: int, url: str) -> Gateway:
@@ -63,10 +77,18 @@ class Gateway:
         attached.log = tempfile.NamedTemporaryFile("w+", prefix="sandbox-gateway-", suffix=".log")  # noqa: SIM115
         attached._wait_ready(warm=True)
         attached.http = httpx.Client(base_url=url, timeout=90)
+        attached._leave_secret()
         return attached
+
+    def _leave_secret(self) -> None:
+        """Put :data:`SECRET` where the gateway sees it, in a container too."""
+        self.secret_path = f"/tmp/gateway-secret-{self.port}"
+        self.secret_file = Path(f"/proc/{self.process.pid}/root{self.secret_path}")
+        self.secret_file.write_text(SECRET)
 
     def detach(self) -> None:
         """Leave it running."""
+        self.secret_file.unlink()
         self.http.close()
         self.log.close()
 
@@ -102,18 +124,62 @@ class Gateway:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def runs(self) -> list[psutil.Process]:
+        """Runs in progress that have come to their :data:`NAMED`, oldest first."""
+        found = [process for process in self.descendants() if name_of(process) == "snippet"]
+        return sorted(found, key=lambda process: (process.create_time(), process.pid))
+
+    def wait_for_runs(self, count: int) -> list[psutil.Process]:
+        """:meth:`runs`, as soon as there are so many."""
+        until_s = time.monotonic() + SETTLE_DEADLINE_S
+        while len(found := self.runs()) < count:
+            assert time.monotonic() < until_s, f"{len(found)} of {count} runs have begun"
+            time.sleep(0.01)
+        return found
+
+    def wait_for_metric(self, name: str, value: float) -> None:
+        until_s = time.monotonic() + SETTLE_DEADLINE_S
+        while (now := self.metric(f"singlestream_sandbox_{name}")) != value:
+            assert time.monotonic() < until_s, f"{name} is {now}"
+            time.sleep(0.01)
+
+    @contextlib.contextmanager
+    def waiting(self, **request: object) -> Iterator[None]:
+        """A caller of its own with this request, who goes away at the end of the block."""
+        body = json.dumps(request).encode()
+        with socket.create_connection(("127.0.0.1", self.port)) as caller:
+            caller.sendall(b"POST /v1/execute HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            yield
+
+    @contextlib.contextmanager
+    def holding(self, runs: int, slots: int, **request: object) -> Iterator[None]:
+        """So many sleeping runs, which hold so many slots until the end of the block and not a moment longer."""
+        with contextlib.ExitStack() as callers:
+            for _ in range(runs):
+                callers.enter_context(self.waiting(code="import time; time.sleep(60)", timeout_s=60, **request))
+            self.wait_for_metric("used_slots", slots)
+            yield
+        self.wait_for_metric("used_slots", 0)
+
     def open_files(self) -> int:
-        """Descriptors of the gateway, connections left out."""
-        folder = Path(f"/proc/{self.process.pid}/fd")
+        """Descriptors of the gateway, its lines to jails included, its callers' connections left out."""
+        proc = Path(f"/proc/{self.process.pid}")
+        lines = {line.split()[6] for line in (proc / "net/unix").read_text().splitlines()[1:]}  # inodes
         count = 0
-        for entry in folder.iterdir():
+        for entry in (proc / "fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
-                count += not os.readlink(entry).startswith("socket:")
+                kind, _, inode = os.readlink(entry).partition(":")
+                count += kind != "socket" or inode.strip("[]") in lines
         return count
 
     def memory_bytes(self) -> int:
-        """Resident memory of the gateway itself."""
-        return psutil.Process(self.process.pid).memory_info().rss
+        """Resident memory of the gateway and its zygotes; what runs and jails share with theirs is not counted."""
+        total = psutil.Process(self.process.pid).memory_info().rss
+        for process in self.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = process.parent()
+                total += process.memory_info().rss if parent is not None and name_of(parent) == "bwrap" else 0
+        return total
 
     def footprint(self) -> tuple[int, int]:
         """Processes below the gateway and its open files, once they stay the same: spare jails may still be opened."""
@@ -135,6 +201,7 @@ class Gateway:
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
+        Path(self.secret_path).unlink(missing_ok=True)
         self.http.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

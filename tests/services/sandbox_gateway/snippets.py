@@ -75,7 +75,7 @@ PLAIN = (
     _s("atexit", "import atexit\natexit.register(print, 'bye')\nprint('hi')"),
     _s("finalizer at the end", "class A:\n    def __del__(self): print('gone')\na = A()\nprint('end')"),
     _s("signal handler", "import signal, os\nsignal.signal(signal.SIGUSR1, lambda *a: print('got it'))\nos.kill(os.getpid(), signal.SIGUSR1)"),
-    _s("alarm", "import signal, time\ndef h(*a): raise TimeoutError('alarm')\nsignal.signal(signal.SIGALRM, h)\nsignal.setitimer(signal.ITIMER_REAL, 0.05)\ntry: time.sleep(5)\nexcept TimeoutError as e: print(e)"),
+    _s("alarm", "import signal, time\ndef h(*a): raise TimeoutError('alarm')\nsignal.signal(signal.SIGALRM, h)\ntry:\n    signal.setitimer(signal.ITIMER_REAL, 0.05)\n    time.sleep(5)\nexcept TimeoutError as e: print(e)"),
     _s("unhandled alarm", "import signal, time\nprint('x', flush=True)\nsignal.setitimer(signal.ITIMER_REAL, 0.05)\ntime.sleep(5)"),
     _s("signal to itself", "import signal, os\nprint('x', flush=True)\nos.kill(os.getpid(), signal.SIGTERM)"),
     _s("files in /tmp", "import os\nos.makedirs('/tmp/a/b')\nwith open('/tmp/a/b/c', 'w') as f: f.write('x')\nprint(open('/tmp/a/b/c').read(), os.listdir('/tmp/a'))"),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +12,8 @@ import pytest
 
 from singlestream.contracts.sandbox import ExecuteResult
 from tests.services.sandbox_gateway.gateway import Gateway
+
+pytestmark = pytest.mark.timeout(400)
 
 
 def problem_of(answer: httpx.Response, status: int, code: str) -> dict[str, object]:
@@ -28,17 +27,10 @@ def problem_of(answer: httpx.Response, status: int, code: str) -> dict[str, obje
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Gateway]:
-    """Two slots, a queue of two, and little patience."""
-    started = Gateway(slots=2, queue_per_slot=1, queue_timeout_s=1, preload="[]", memory_mb=128)
+    """Two slots, a queue of two, and patience for what a busy machine may take between two lines of a test."""
+    started = Gateway(slots=2, queue_per_slot=1, queue_timeout_s=5, preload="[]", memory_mb=128)
     yield started
     assert started.stop() == 0
-
-
-def wait_for_metric(gateway: Gateway, name: str, value: float) -> None:
-    until_s = time.monotonic() + 20
-    while gateway.metric(f"singlestream_sandbox_{name}") != value:
-        assert time.monotonic() < until_s, f"{name} is {gateway.metric(f'singlestream_sandbox_{name}')}"
-        time.sleep(0.01)
 
 
 def test_outcome_has_every_field(gateway: Gateway) -> None:
@@ -55,13 +47,18 @@ def test_outcome_has_every_field(gateway: Gateway) -> None:
 
 
 def test_partial_output_survives_a_timeout(gateway: Gateway) -> None:
-    result = gateway.run("print('no newline', end='')\nwhile True: pass", timeout_s=0.5)
+    for timeout_s in (0.5, 10):  # on a busy machine it may not have come to its print
+        result = gateway.run("print('no newline', end='')\nwhile True: pass", timeout_s=timeout_s)
+        if result["stdout"]:
+            break
     assert (result["status"], result["signal"], result["stdout"]) == ("timeout", 9, "no newline")
     assert result["usage"]["wall_s"] >= 0.5
 
 
 def test_long_output_keeps_head_and_tail(gateway: Gateway) -> None:
+    before = gateway.metric("singlestream_sandbox_truncated_total")
     result = gateway.run("print('a' * 100_000 + 'z' * 100_000)", max_output_bytes=1000)
+    assert gateway.metric("singlestream_sandbox_truncated_total") == before + 1
     assert result["status"] == "ok"
     assert (result["stdout_truncated"], result["stdout_bytes"]) == (True, 200_001)
     assert result["stdout"] == "a" * 500 + "\n… 199001 bytes left out …\n" + "z" * 499 + "\n"
@@ -152,68 +149,56 @@ def test_health_and_metrics(gateway: Gateway) -> None:
 
 
 def test_overload_queues_then_refuses_then_times_out(narrow: Gateway) -> None:
-    def post(_: int) -> httpx.Response:
-        return httpx.post(f"{narrow.url}/v1/execute", json={"code": "import time; time.sleep(3)"}, timeout=60)
+    def post() -> httpx.Response:
+        return httpx.post(f"{narrow.url}/v1/execute", json={"code": "1"}, timeout=60)
 
-    with ThreadPoolExecutor(8) as callers:
-        answers = list(callers.map(post, range(8)))
-    by_status = {status: [a for a in answers if a.status_code == status] for status in (200, 429, 504)}
-    assert {status: len(found) for status, found in by_status.items()} == {200: 2, 429: 4, 504: 2}
-    for answer in by_status[429]:
-        assert problem_of(answer, 429, "overloaded")["retry_after_s"] == int(answer.headers["retry-after"]) >= 1
-    for answer in by_status[504]:
-        problem_of(answer, 504, "queue_timeout")
+    with narrow.holding(runs=2, slots=2), ThreadPoolExecutor(2) as callers:
+        patient = [callers.submit(post) for _ in range(2)]
+        narrow.wait_for_metric("queued", 2)
+        refused = post()
+        assert problem_of(refused, 429, "overloaded")["retry_after_s"] == int(refused.headers["retry-after"]) >= 1
+        for waiting in patient:
+            problem_of(waiting.result(), 504, "queue_timeout")
     assert narrow.run("print(1)")["stdout"] == "1\n"
 
 
 def test_memory_takes_slots(narrow: Gateway) -> None:
     """256 MiB are both slots of 128: beside it nothing else runs."""
     problem_of(narrow.http.post("/v1/execute", json={"code": "1", "memory_mb": 300}), 422, "invalid_request")
-    large = threading.Thread(target=narrow.run, args=("import time; time.sleep(0.5)",), kwargs={"memory_mb": 256})
-    large.start()
-    wait_for_metric(narrow, "used_slots", 2)
-    small = narrow.run("print(1)")
-    large.join()
-    assert small["usage"]["queue_s"] > 0
+    with ThreadPoolExecutor(1) as callers:
+        with narrow.holding(runs=1, slots=2, memory_mb=256):
+            small = callers.submit(narrow.run, "print(1)")
+            narrow.wait_for_metric("queued", 1)
+        assert small.result()["usage"]["queue_s"] > 0
 
 
 def test_a_run_dies_with_its_caller(narrow: Gateway) -> None:
     at_rest = narrow.footprint()
-    body = json.dumps({"code": "import time; time.sleep(60)", "timeout_s": 60}).encode()
-    with socket.create_connection(("127.0.0.1", narrow.port)) as caller:
-        caller.sendall(b"POST /v1/execute HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        wait_for_metric(narrow, "used_slots", 1)
-    wait_for_metric(narrow, "used_slots", 0)
+    with narrow.holding(runs=1, slots=1):
+        assert narrow.run("print(1)")["stdout"] == "1\n"
     narrow.wait_idle(at_rest)
 
 
 def test_a_waiting_request_leaves_the_queue_with_its_caller(narrow: Gateway) -> None:
-    running = [threading.Thread(target=narrow.run, args=("import time; time.sleep(0.8)",)) for _ in range(2)]
-    for thread in running:
-        thread.start()
-    wait_for_metric(narrow, "used_slots", 2)
-    body = json.dumps({"code": "1"}).encode()
-    with socket.create_connection(("127.0.0.1", narrow.port)) as caller:
-        caller.sendall(b"POST /v1/execute HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        wait_for_metric(narrow, "queued", 1)
-    wait_for_metric(narrow, "queued", 0)
-    for thread in running:
-        thread.join()
+    with narrow.holding(runs=2, slots=2):
+        with narrow.waiting(code="1"):
+            narrow.wait_for_metric("queued", 1)
+        narrow.wait_for_metric("queued", 0)
 
 
 def test_sigterm_lets_runs_finish_and_sends_the_queue_away() -> None:
     gateway = Gateway(slots=1, preload="[]")
     with ThreadPoolExecutor(3) as callers:
-        running = callers.submit(gateway.run, "import time; time.sleep(1.5); print('done')")
-        wait_for_metric(gateway, "used_slots", 1)
+        running = callers.submit(gateway.run, "import time; time.sleep(4); print('done')", timeout_s=60)
+        gateway.wait_for_metric("used_slots", 1)
         waiting = callers.submit(httpx.post, f"{gateway.url}/v1/execute", json={"code": "1"}, timeout=60)
-        wait_for_metric(gateway, "queued", 1)
+        gateway.wait_for_metric("queued", 1)
         gateway.process.send_signal(signal.SIGTERM)
-        refused = waiting.result(30)
+        refused = waiting.result(60)
         assert refused.headers["retry-after"]
         problem_of(refused, 503, "overloaded")
-        assert running.result(30)["stdout"] == "done\n"
-    assert gateway.process.wait(30) == 0
+        assert running.result(60)["stdout"] == "done\n"
+    assert gateway.process.wait(60) == 0
     gateway.stop()
 
 
@@ -221,7 +206,7 @@ def test_a_zygote_is_replaced_after_its_runs() -> None:
     gateway = Gateway(preload="[]", recycle_runs=30)
     try:
         first = {p.pid for p in gateway.descendants()}
-        until_s = time.monotonic() + 30
+        until_s = time.monotonic() + 90
         while (
             gateway.metric("singlestream_sandbox_zygote_starts_total") < 2
             or {p.pid for p in gateway.descendants()} & first

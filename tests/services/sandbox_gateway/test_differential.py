@@ -14,6 +14,8 @@ from services.sandbox_gateway.view import DEVICES, find_interpreter
 from tests.services.sandbox_gateway.gateway import Gateway
 from tests.services.sandbox_gateway.snippets import ECHOED, LINES, SNIPPETS, Snippet
 
+pytestmark = pytest.mark.timeout(400)
+
 TWIN_DEADLINE_S = 60
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
+
 from singlestream.clients.sandbox import SandboxClient
 from singlestream.contracts.sandbox import ExecuteRequest, ExecuteResult
 from tests.services.sandbox_gateway.gateway import Gateway
@@ -42,6 +44,7 @@ def honest(n: int) -> tuple[str, str]:
     return kinds[n % len(kinds)]
 
 
+@pytest.mark.timeout(600)
 async def test_mixed_runs(gateway: Gateway) -> None:
     draw = random.Random(4)
     at_rest, memory = gateway.footprint(), gateway.memory_bytes()
@@ -76,5 +79,5 @@ async def test_mixed_runs(gateway: Gateway) -> None:
         )
 
     gateway.wait_idle(at_rest)
-    # Flat: the first runs fill caches of the allocator and of pydantic; 2,000 runs that leaked a page each would show.
-    assert gateway.memory_bytes() - memory < 8 << 20
+    # Flat, gateway and zygotes together: the first runs fill caches; 2,000 runs that leaked two pages each would show.
+    assert gateway.memory_bytes() - memory < 16 << 20

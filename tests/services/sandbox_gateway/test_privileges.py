@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import psutil
+import pytest
 
 from services.sandbox_gateway.privileges import UNPRIVILEGED_ID
-from tests.services.sandbox_gateway.gateway import Gateway
+from tests.services.sandbox_gateway.gateway import NAMED, Gateway
+
+pytestmark = pytest.mark.timeout(400)
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,16 +26,11 @@ def test_no_process_of_the_gateway_is_root(gateway: Gateway) -> None:
 
 def test_runs_have_no_privileges(gateway: Gateway) -> None:
     """Seen from outside, through the kernel's own account of a run in progress."""
-    known = {p.pid for p in gateway.descendants()}
-    running = threading.Thread(target=gateway.run, args=("import time; time.sleep(3)",))
-    running.start()
-    status: dict[str, str] = {}
-    while running.is_alive() and not status:
-        for process in gateway.descendants():
-            if process.pid not in known and "Seccomp:\t2" in (text := Path(f"/proc/{process.pid}/status").read_text()):
-                status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
-    running.join()
-    assert status["NoNewPrivs"] == "1"
+    with gateway.waiting(code=f"{NAMED}time.sleep(60)", timeout_s=60):
+        [run] = gateway.wait_for_runs(1)
+        text = Path(f"/proc/{run.pid}/status").read_text()
+    status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
     assert status["Threads"].strip() == "1"
     assert status["NSpid"].split()[-1] == "2"
@@ -57,7 +54,7 @@ sys.exit(0 if check(SandboxGatewayConfig(preload=())) else 78)
 def test_without_namespaces_it_refuses_and_says_why() -> None:
     """A host that grants no user namespaces: what a container's seccomp profile does, done to a process of its own."""
     command = [sys.executable, "-c", WITHOUT_NAMESPACES]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == os.EX_CONFIG, done.stdout + done.stderr
     assert "FAIL isolation" in done.stdout
     assert "seccomp.json" in done.stdout

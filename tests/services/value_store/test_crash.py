@@ -340,7 +340,7 @@ async def test_a_stopped_store_that_was_replaced_changes_nothing(
         assert store_process.process is not None
         for at in range(90, 200, 10):
             await until(lambda at=at: turn(at), "updates beside the zombie")
-        assert await asyncio.to_thread(store_process.process.wait, 30) == 3
+        assert await asyncio.to_thread(store_process.process.wait, 60) == 3
         assert "another value store has taken over" in store_process.log.read_text()
         async with AsyncValueStore(second.url) as heir:
             await heir.set_training("paused")

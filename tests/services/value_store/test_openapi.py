@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +18,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from services.value_store import schemas
+from services.value_store.examples import EXAMPLES
+from singlestream.clients import value_store_replies
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import Keys
 from tests.services.value_store.conftest import StoreProcess
@@ -55,6 +59,23 @@ def test_the_application_keeps_its_document(url: str) -> None:
     assert not failures, "\n\n".join(failures)
 
 
+def example_of(document: dict[str, Any], content: dict[str, Any]) -> object:
+    """The example of a body or parameter, its own or its schema's; of a list, that of its items."""
+    if found := content.get("example") or content.get("examples"):
+        return found
+    schema = content.get("schema", {})
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+    return schema.get("examples") or ("items" in schema and example_of(document, {"schema": schema["items"]}))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_what_their_schema_says(name: str) -> None:
+    model = getattr(schemas, name, None) or getattr(value_store_replies, name)
+    model.model_validate(EXAMPLES[name])
+    assert set(EXAMPLES[name]) <= set(model.model_fields)
+
+
 def test_the_document_can_be_generated_from(url: str) -> None:
     document = httpx.get(f"{url}/v1/openapi.json").json()
     seen = set()
@@ -65,6 +86,16 @@ def test_the_document_can_be_generated_from(url: str) -> None:
             assert re.fullmatch(r"[a-z_0-9]+", operation["operationId"])
             assert operation["operationId"] not in seen
             seen.add(operation["operationId"])
+            for parameter in operation.get("parameters", []):
+                schema = parameter["schema"]
+                assert {"enum", "default"} & set(schema) or "enum" in str(schema) or example_of(document, parameter), (
+                    path,
+                    parameter["name"],
+                )
+            bodies = [operation["requestBody"]] if "requestBody" in operation else []
+            for body in (*bodies, *operation["responses"].values()):
+                for media, content in body.get("content", {}).items():
+                    assert media == "application/vnd.apache.parquet" or example_of(document, content), (path, media)
             for status, reply in operation["responses"].items():
                 if int(status) >= 400:
                     assert list(reply["content"]) == ["application/problem+json"], (method, path, status)

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 SHOTS = Path("runs/screenshots/value_store")
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture
@@ -78,21 +79,21 @@ async def test_the_page_lives_with_the_run(page: Page, keys: Keys, tmp_path: Pat
             seen = int(await page.locator("#train-trained").inner_text())
             await world.publish(1)
             await train(seen + 40)
-            await expect(page.locator("#train-trained")).not_to_have_text(str(seen), timeout=15_000)
+            await expect(page.locator("#train-trained")).not_to_have_text(str(seen))
             await expect(page.get_by_text("lineage 1")).to_be_visible()
             await expect(page.locator("rect.heat")).not_to_have_count(0)
             await shoot(page, "overview")
             await order_and_search(page)
             await story(page, ids, redis, keys)
-            await phone(page)
+            await phone(page, "phone")
             server.stop()
-            await expect(page.get_by_text("The value store waits for Redis").first).to_be_visible(timeout=30_000)
+            await expect(page.get_by_text("The value store waits for Redis").first).to_be_visible()
             await expect(page.locator("#overview")).to_be_visible()
             await shoot(page, "redis-away")
             server.start()
-            await expect(page.get_by_text("The value store waits for Redis")).to_have_count(0, timeout=30_000)
+            await expect(page.get_by_text("The value store waits for Redis")).to_have_count(0)
             store.kill()
-            await expect(page.locator("#trouble")).to_contain_text("The value store does not answer", timeout=30_000)
+            await expect(page.locator("#trouble")).to_contain_text("The value store does not answer")
             await expect(page.locator("#overview")).to_be_visible()
             assert wrong == []
         finally:
@@ -132,15 +133,16 @@ async def story(page: Page, ids: list[str], redis: object, keys: Keys) -> None:
     await expect(told).to_contain_text("Model, version")
     await expect(told).to_contain_text("The tokenizer is not beside the value store")
     await shoot(page, "story")
+    await phone(page, "phone-story")
     link = page.get_by_role("link", name="All prompts")
     await link.focus()
     await page.keyboard.press("Enter")
     await expect(page.locator("#prompts tbody tr")).not_to_have_count(0)
 
 
-async def phone(page: Page) -> None:
+async def phone(page: Page, name: str) -> None:
     await page.set_viewport_size({"width": 390, "height": 844})
     width = await page.evaluate("document.documentElement.scrollWidth")
     assert width <= 390, f"the page is {width} px wide on a phone"
-    await shoot(page, "phone")
+    await shoot(page, name)
     await page.set_viewport_size({"width": 1280, "height": 900})

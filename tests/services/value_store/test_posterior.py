@@ -113,15 +113,20 @@ def test_no_number_of_equal_rewards_leaves_the_open_interval(reward: float) -> N
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0.1, 1.0), st.lists(REWARDS, min_size=1, max_size=50))
 def test_ema_and_beta_forms_agree(alpha: float, beta: float, rho: float, rewards: list[float]) -> None:
-    v, n = np.float64(alpha / (alpha + beta)), np.float64(alpha + beta)
+    value, n_eff = np.float64(alpha / (alpha + beta)), np.float64(alpha + beta)
     for reward in rewards:
+        before = value
         alpha, beta = posterior.update(alpha, beta, rho, reward)  # type: ignore[assignment]
-        n = rho * n + 1.0
-        v += (
-            reward - v
-        ) / n  # η = 1/(ρ·n + 1); P prints 1/(n + 1), which forgets that n has been decayed (docs/spo.md)
-    assert abs(v - posterior.v_hat(alpha, beta)) < 1e-12
-    assert n == pytest.approx(alpha + beta, rel=1e-9)
+        value, n_eff = posterior.ema(value, n_eff, rho, reward)  # type: ignore[assignment]
+        assert min(before, reward) - 1e-12 <= value <= max(before, reward) + 1e-12
+    assert abs(value - posterior.v_hat(alpha, beta)) < 1e-12
+    assert n_eff == pytest.approx(alpha + beta, rel=1e-9)
+
+
+def test_ema_by_hand() -> None:
+    value, n_eff = posterior.ema([0.4, 0.4], [5.0, 5.0], [0.9, 0.9], [1.0, 0.25])
+    assert value == pytest.approx([2.8 / 5.5, 2.05 / 5.5])  # as in `test_update_is_equation_5`
+    assert n_eff == pytest.approx([5.5, 5.5])
 
 
 @given(st.sampled_from(["kl", "drift"]), st.floats(0, 100), st.floats(0, 100), st.floats(0, 10))

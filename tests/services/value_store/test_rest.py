@@ -153,6 +153,8 @@ async def test_history_tells_every_update(http: httpx.AsyncClient, store: Store,
     assert newest["rho"] == pytest.approx(2**-0.1)
     assert newest["v_hat_before"] == oldest["v_hat_after"] == newest["v_hat_at_lease"]
     assert oldest["v_hat_at_lease"] == 0.5
+    now = (await http.get(f"/v1/prompts/{ids[1]}")).json()
+    assert newest["interval"] == pytest.approx(now["interval"]), "nothing has drifted since"
     assert (newest["z"], newest["reward"], newest["outcome"]) == (0.1, 1.0, "trained")
     assert (await http.get(f"/v1/prompts/{'f' * 16}/history")).status_code == 404
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from services.value_store.issuing import demand, parse_replicas, split_demand
 from services.value_store.jobs import Job
 from services.value_store.memory import load_memory
 from services.value_store.prompts import Refused
+from services.value_store.service import end
 from services.value_store.store import NotReady, Store
 from singlestream.contracts import EndOfRun, PosteriorUpdate, Sampling, Tombstone, decode, decode_closing, encode
 from singlestream.errors import Fenced
@@ -237,6 +239,48 @@ async def test_a_second_store_takes_over_and_the_first_writes_nothing(redis: Red
     assert before == (await redis.hgetall(keys.values), await redis.hgetall(keys.ledger))
     await settle(second)
     assert (await world.ledger())["train"].ended["trained"] == 4
+
+
+async def test_of_two_stores_that_start_together_one_goes_on_and_the_other_says_why(redis: Redis, keys: Keys) -> None:
+    stores = [Store(make_config(keys), redis) for _ in range(2)]
+    tasks = {
+        asyncio.create_task(work): store for store in stores for work in (store.keep_ready(), loops.issue_leases(store))
+    }
+    try:
+        [fenced], _ = await asyncio.wait(tasks, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        with pytest.raises(Fenced, match="another value store has taken over"):
+            await fenced
+        [winner] = [store for store in stores if store is not tasks[fenced]]
+        await until(lambda: winner.waiting_for is None, "the other store")
+        await winner.upsert(make_prompts(1), [None])
+        assert await redis.get(keys.fence("value_store")) == winner.memory.epoch.encode()
+    finally:
+        await end(list(tasks))
+
+
+async def test_a_part_that_is_refused_while_the_next_is_planned_takes_memory_with_it(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, world = await start(redis, keys)
+    monkeypatch.setattr("services.value_store.store.ENTRIES_PER_SCRIPT", 2)
+    await store.issue(7)
+    played = await world.play()
+    lost = played[3].lease_id  # in the second of four parts
+    await redis.hdel(keys.outstanding("train"), lost)
+    await redis.hincrby(keys.ledger, "train:leased", -1)
+    await world.train()
+    with pytest.raises(NotReady, match="differs from this store's memory"):
+        await settle(store)
+    counts = (await world.ledger())["train"]
+    assert (counts.ended["trained"], counts.outstanding) == (2, 4), (
+        "the first part stands, and nothing behind the second"
+    )
+    await wake(store)
+    await settle(store)
+    counts = (await world.ledger())["train"]
+    assert (counts.leased, counts.ended["trained"], store.memory.duplicates) == (6, 6, 1)
+    other = Store(store.config, redis)
+    same_memory(store, await load_memory(other.streams, other.config))
 
 
 async def test_memory_that_differs_from_redis_is_forgotten(redis: Redis, keys: Keys) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.value_store.calibration import Calibration
 from services.value_store.table import RECORD, Table, new_record
@@ -37,6 +40,23 @@ def test_rows_stay_where_they_are_as_the_table_grows() -> None:
     assert table.row("f" * 16) is None
 
 
+@given(st.lists(st.lists(st.integers(0, 40) | st.integers(2**64 - 9, 2**64 - 1), max_size=12), max_size=12))
+def test_the_index_is_a_dictionary(batches: list[list[int]]) -> None:
+    table, rows = Table(), dict[int, int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("services.value_store.table.SORTED_AT_LEAST", 5)
+        for batch in batches:
+            table.put([f"{i:016x}" for i in batch], [new_record(i + 1.0, 1.0, "train", "s", 0.0) for i in batch])
+            for i in batch:
+                rows.setdefault(i, len(rows))
+            for i in (*range(42), *range(2**64 - 10, 2**64)):
+                assert table.row(f"{i:016x}") == rows.get(i)
+                assert (f"{i:016x}" in table) == (i in rows)
+    assert len(table) == len(rows)
+    assert table.id_number.tolist() == list(rows)
+    assert table.alpha.tolist() == [i + 1.0 for i in rows]
+
+
 def test_overwriting_keeps_the_flight() -> None:
     table = Table()
     table.put(["0" * 16], [new_record(1.0, 1.0, "train", "s", 0.0)])
@@ -52,4 +72,5 @@ def test_calibration_by_hand() -> None:
     low, high = Calibration(sums.pack()).table()
     assert (low["count"], low["v_hat_low"], low["reward_mean"]) == (2, 0.2, 0.5)
     assert (high["count"], high["v_hat_mean"]) == (1, 1.0)
-    assert Calibration().brier is None
+    assert np.isclose(sums.error or 0.0, abs(1.0 - 0.54) / 3)
+    assert (Calibration().brier, Calibration().error) == (None, None)

@@ -183,7 +183,7 @@ class Running:
                 loops.issue_leases(store),
             )
         ]
-        await asyncio.wait_for(store.until_ready(), 10)
+        await asyncio.wait_for(store.until_ready(), 60)
         return store
 
     async def __aexit__(self, *_: object) -> None:
@@ -193,7 +193,7 @@ class Running:
                 raise result
 
 
-async def until(condition: Callable[[], Any], what: str, deadline_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> None:
     """Wait for a condition, plain or awaitable."""
     started = time.monotonic()
     while True:
