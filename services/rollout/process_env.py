@@ -15,6 +15,9 @@ from singlestream.config import Config
 OWNER_VARIABLE = "SINGLESTREAM_ROLLOUT_OWNER"
 """Process id of the replica; the engine's processes end when it does."""
 
+ENGINE_MEMORY = "/dev/shm/psm_"  # noqa: S108  a name that is compared, not made
+"""How the shared memory begins by which vLLM's processes speak with each other (Python's ``SharedMemory``)."""
+
 NODE_VARIABLE = "SINGLESTREAM_NODE"
 """Name of this machine or container; `node` sets it for the replicas of a Ray node."""
 

@@ -25,12 +25,10 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from services.rollout.process_env import OWNER_VARIABLE
+from services.rollout.process_env import ENGINE_MEMORY, OWNER_VARIABLE
 from services.rollout.weight_verify import verify
 
 BACKEND = "mapped_file"
-ENGINE_MEMORY = "/dev/shm/psm_"  # noqa: S108  a name that is compared, not made
-"""How the shared memory begins by which vLLM's processes speak with each other (Python's ``SharedMemory``)."""
 
 
 @dataclass

@@ -22,9 +22,8 @@ from services.rollout.engine import VllmEngine
 from services.rollout.generation import EngineDead, Generation, GenerationRequest
 from services.rollout.manifest import model_tensors, open_weights
 from services.rollout.metrics import Metrics
-from services.rollout.process_env import apply_engine_variables
+from services.rollout.process_env import ENGINE_MEMORY, apply_engine_variables
 from services.rollout.weight_fetch import WeightFetcher
-from services.rollout.weight_transfer import ENGINE_MEMORY
 from services.rollout.weights import WeightKeeper
 from singlestream.config import Config, RolloutConfig, RunConfig
 from singlestream.contracts import PolicyVersion, Sampling
