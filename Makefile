@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 test check format bench clean
+.PHONY: help setup demo demo-smollm2 test attack check format bench clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -19,6 +19,11 @@ demo-smollm2: setup .cache/models/smollm2/config.json  ## The same with SmolLM2-
 test:  ## Run every test.
 	@scripts/setup --tests
 	@.venv/bin/python -m pytest
+
+attack:  ## Let the attack tests loose on the sandbox's container image (root, a Docker Engine).
+	@scripts/setup --tests
+	@docker compose build sandbox_gateway
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" deploy/sandbox_gateway/attack_container singlestream-sandbox_gateway:$${TAG:-local}
 
 check: setup  ## Lint, format, types.
 	@.venv/bin/ruff check .

@@ -4,7 +4,9 @@
     python -m benchmarks.curves --model smollm2 --methods exact   # the retention modes on a real language model
     python -m benchmarks.curves --figure    # the figure and tables again, from what has run
 
-Every run keeps its folder ``runs/curves-…``; one that is there already is not run again. The results go to
+The methods of a seed run one after the other, and every second seed in the reverse order, so that their seconds may be
+compared where the machine did nothing else. Every run keeps its folder ``runs/curves-…``; one that is there already is
+not run again: move it away first, or its seconds are those of another hour. The results go to
 ``benchmarks/results/``: a figure with mean and range over the seeds, by tokens and by wall time, and the replay of the
 evidence of the SPO runs that measured exact drift. A seed changes the sampling of prompts and tokens, never the order
 in which processes are scheduled: two runs of one seed differ.
@@ -57,6 +59,11 @@ WINDOW = 3
 """Batches of the moving mean in the figure."""
 
 
+def order(methods: Sequence[str], seeds: int) -> list[tuple[str, int]]:
+    """(method, seed) of every run, in turn: whatever slows the machine for a while slows each method alike."""
+    return [(method, seed) for seed in range(seeds) for method in (methods if seed % 2 == 0 else methods[::-1])]
+
+
 def run_name(model: str, method: str, seed: int) -> str:
     """Name of one run and of its folder."""
     return f"curves-{model}-{method}-{seed}"
@@ -96,7 +103,10 @@ def load(model: str, method: str) -> list[tuple[dict[str, Any], list[dict[str, A
     for folder in sorted(Path("runs").glob(run_name(model, method, 0)[:-1] + "*")):
         if (folder / "summary.json").is_file():
             steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-            runs.append((json.loads((folder / "summary.json").read_text()), steps))
+            started = folder / "started_at_s"
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["started_at_s"] = float(started.read_text()) if started.is_file() else None
+            runs.append((summary, steps))
     return runs
 
 
@@ -112,8 +122,8 @@ def curve(steps: Sequence[dict[str, Any]], over: str) -> tuple[NDArray[np.float6
     return wall - begin, smooth
 
 
-def draw(model: str, path: Path) -> None:
-    """The figure: reward by tokens, by seconds, and degenerate groups."""
+def draw(model: str, methods: Sequence[str], path: Path) -> None:
+    """The figure: reward by tokens and by seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +131,8 @@ def draw(model: str, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, over in zip(axes, ("tokens", "seconds"), strict=True):
-        for method, (name, colour) in DRAWN.items():
+        for method in methods:
+            name, colour = DRAWN[method]
             curves = [curve(steps, over) for _, steps in load(model, method)]
             if not curves:
                 continue
@@ -154,6 +165,7 @@ def rows(model: str) -> list[dict[str, Any]]:
                     "heldout_after": summary["accuracy_after"],
                     "reward_last_5": float(np.mean([step["reward_mean"] for step in steps[-5:]])),
                     "mtokens": sum(step["action_tokens"] for step in steps) / 1e6,
+                    "started_at_s": summary["started_at_s"],
                     "train_wall_s": summary["train_wall_s"],
                     "idle": float(np.mean([step["learner_idle_ratio"] for step in steps])),
                     "degenerate_groups": sum(step["degenerate_groups"] for step in steps) / groups if groups else None,
@@ -165,10 +177,10 @@ def rows(model: str) -> list[dict[str, Any]]:
     return found
 
 
-def write(model: str) -> None:
-    """Figure, table and replay of all finished runs, into `RESULTS`."""
+def write(model: str, methods: Sequence[str]) -> None:
+    """Figure of these methods, table and replay of all finished runs, into `RESULTS`."""
     found = rows(model)
-    draw(model, RESULTS / f"curves-{model}.svg")
+    draw(model, methods, RESULTS / f"curves-{model}.svg")
     report = {"benchmark": "curves", "model": model, "commit": commit(), "machine": machine(), "runs": found}
     (RESULTS / f"curves-{model}.json").write_text(json.dumps(report, indent=2) + "\n")
     for row in found:
@@ -183,7 +195,7 @@ def write(model: str) -> None:
 
 
 def main() -> None:
-    """Run what is missing, one run at a time, the methods in turn; then write the results."""
+    """Run what is missing, one run at a time; then write the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
     parser.add_argument("--model", default="tiny", choices=MODELS)
     parser.add_argument("--seeds", type=int, default=3)
@@ -192,10 +204,9 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true", help="run nothing")
     options = parser.parse_args()
     if not options.figure:
-        for seed in range(options.seeds):
-            for method in options.methods:
-                train(options.model, method, seed, options.steps)
-    write(options.model)
+        for method, seed in order(options.methods, options.seeds):
+            train(options.model, method, seed, options.steps)
+    write(options.model, options.methods)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,11 @@ async def _lines(prompts: int) -> AsyncIterator[bytes]:
         yield b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
+async def _pieces(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -45,18 +50,24 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 async def measure_exchange(url: str, pid: int, prompts: int) -> list[Figure]:
-    """Import prompts into an empty store, export them in both formats; the store is the process ``pid`` at ``url``."""
+    """Import prompts into an empty store, export them in both formats, and import them again from their own Parquet.
+
+    The store is the process ``pid`` at ``url``.
+    """
     empty_mb, seconds = resident_mb(pid), dict[str, float]()
     async with httpx.AsyncClient(base_url=url, timeout=600.0) as client:
-        with _timed(seconds, "import"):
+        with _timed(seconds, "import_ndjson"):
             reply = await client.post("/v1/import?format=ndjson", content=_lines(prompts))
         assert reply.json().get("prompts") == prompts, reply.text
         for form in ("ndjson", "parquet"):
             with _timed(seconds, f"export_{form}"):
                 async with client.stream("GET", f"/v1/export?format={form}") as stream:
                     stream.raise_for_status()
-                    size = sum([len(chunk) async for chunk in stream.aiter_bytes()])
-            assert size > prompts
+                    exported = [chunk async for chunk in stream.aiter_bytes()]
+            assert sum(map(len, exported)) > prompts
+        with _timed(seconds, "import_parquet"):
+            reply = await client.post("/v1/import?format=parquet", content=_pieces(exported))
+        assert reply.json().get("prompts") == prompts, reply.text
     figures = [Figure(f"{name}_s", value, "s", f"{prompts} prompts") for name, value in seconds.items()]
     peak_mb, held_mb = resident_mb(pid, peak=True), resident_mb(pid)
     return [

@@ -197,19 +197,11 @@ def bare(settings: dict[str, Any], packed: bool) -> dict[str, float]:
     return timed(step, settings["repetitions"])
 
 
-def trl(settings: dict[str, Any]) -> dict[str, float]:
-    """TRL's GRPO trainer on the same trajectories, its generation replaced by them.
+def trl_batch(settings: dict[str, Any]) -> tuple[list[dict[str, Any]], int, int]:
+    """The trajectories as TRL's trainer has them behind its own generation.
 
-    As its documentation has it for speed: one iteration a batch and no reference model (no extra passes), no gradient
-    checkpointing, autocast where the others compute in bf16, its default fused AdamW. Like its own generation step,
-    completions are padded to the batch's longest.
+    Returns its micro-batches, how many trajectories there are, and the tokens that completions are padded to.
     """
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from services.learner.tiny_model import make_tokenizer
-
     rows = trajectories(settings)
     count, width = len(rows), max(len(response) for _, response in rows)
     completions, mask = torch.zeros((count, width), dtype=torch.int64), torch.zeros((count, width), dtype=torch.int64)
@@ -227,6 +219,23 @@ def trl(settings: dict[str, Any]) -> dict[str, float]:
         {name: value if value.dim() == 0 else value[start : start + micro] for name, value in batch.items()}
         for start in range(0, count, micro)
     ]
+    return parts, count, width
+
+
+def trl(settings: dict[str, Any]) -> dict[str, float]:
+    """TRL's GRPO trainer on the same trajectories, its generation replaced by them.
+
+    As its documentation has it for speed: one iteration a batch and no reference model (no extra passes), no gradient
+    checkpointing, autocast where the others compute in bf16, its default fused AdamW. Like its own generation step,
+    completions are padded to the batch's longest.
+    """
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from services.learner.tiny_model import make_tokenizer
+
+    parts, count, width = trl_batch(settings)
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -245,9 +254,9 @@ def trl(settings: dict[str, Any]) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(parts),
-            num_generations=8, max_steps=settings["repetitions"] + 1, learning_rate=LR, beta=0.0,
-            bf16=settings["dtype"] == "bfloat16",
+            output_dir=folder, per_device_train_batch_size=settings["trl_micro_batch"],
+            gradient_accumulation_steps=len(parts), num_generations=8,
+            max_steps=settings["repetitions"] + 1, learning_rate=LR, beta=0.0, bf16=settings["dtype"] == "bfloat16",
             gradient_checkpointing=False, use_cpu=True, report_to=[], logging_steps=1000, save_strategy="no",
             max_completion_length=width, disable_tqdm=True,
         )  # fmt: skip

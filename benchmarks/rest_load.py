@@ -18,6 +18,9 @@ from singlestream.clients.value_store import AsyncValueStore
 from singlestream.config import Config
 from singlestream.errors import DeadlineExceeded
 
+FLOOR = "healthz"
+"""Of the same server, an answer that says nothing: the limit of the others."""
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -56,7 +59,7 @@ async def running(config: Config) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 async def measure_rest(config: Config, ids: list[str], seconds: float) -> dict[tuple[str, int], Latency]:
-    """Start a store for the run and load it with gets, lists and look-ups at 1, 16 and 64 connections."""
+    """Start a store for the run and load it with `FLOOR`, gets, lists and look-ups at 1, 16 and 64 connections."""
     async with running(config):
         return await _load(config.value_store.port, ids, seconds)
 
@@ -73,6 +76,7 @@ async def _ready(url: str, deadline_s: float = 60.0) -> None:
 async def _load(port: int, ids: list[str], seconds: float) -> dict[tuple[str, int], Latency]:
     lookup = json.dumps({"ids": ids[:100]}).encode()
     kinds = {
+        FLOOR: lambda i: _request("GET", "/healthz"),
         "get": lambda i: _request("GET", f"/v1/prompts/{ids[i * 7919 % len(ids)]}"),
         "list": lambda i: _request("GET", "/v1/prompts?order=value&descending=true&limit=50"),
         "lookup": lambda i: _request("POST", "/v1/values", lookup),

@@ -148,11 +148,15 @@ async def beside_neighbours(client: SandboxClient, seconds: float) -> list[Figur
             times_s[name] += slice_s
             stop.set()
             await asyncio.gather(*neighbours)
-    figures = []
+    figures, p99_ms = [], {}
     for name, found in times_s.items():
         rate = _rate(sorted(found), seconds)
+        p99_ms[name] = rate.p99_ms
         figures.append(Figure(f"print_c1_{name}_p50_ms", rate.p50_ms, "ms", f"{len(found)} runs"))
         figures.append(Figure(f"print_c1_{name}_p99_ms", rate.p99_ms, "ms", f"{len(found)} runs"))
+    for other in ("alone", "beside_honest"):
+        ratio = p99_ms["beside_hostile"] / p99_ms[other]
+        figures.append(Figure(f"print_c1_p99_hostile_vs_{other}", ratio, "ratio", "1 would be no dependence"))
     return figures
 
 

@@ -74,6 +74,12 @@ store "/v1/stats" | field "'  visits %d, mean posterior %.3f, Brier %s' % (d['vi
 store "/v1/prompts?visits_min=1&limit=3" | field "'  changed values: %s' % [(p['prompt_id'][:8], round(p['v_hat'], 3), p['visits']) for p in d['prompts']]"
 [ "$(store '/v1/prompts?visits_min=1&limit=3' | field "sum(p['v_hat'] != 0.5 for p in d['prompts'])")" -gt 0 ] || die "no value has changed"
 
+say "episodes reach the sandbox"
+calls() { metrics sandbox_gateway 8101 | awk '/^singlestream_sandbox_runs_total\{status="ok"\}/ {print int($2)}'; }
+called() { [ "$(calls)" -gt 0 ]; } 2>/dev/null
+wait_for "a run in the sandbox" called
+printf '  %s runs\n' "$(calls)"
+
 say "a second replica takes leases"
 "${COMPOSE[@]}" up -d --no-build --no-recreate --no-deps --scale rollout=2 rollout >/dev/null 2>&1
 wait_for "two replicas at work" replicas_at_work 2
@@ -117,13 +123,17 @@ mapfile -t IDS < <("${COMPOSE[@]}" ps -q)
 ADDRESSES=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}' "${IDS[@]}" | tr '\n' ' ')
 GATEWAY=$("${COMPOSE[@]}" ps -q sandbox_gateway)
 OWN=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "$GATEWAY")
+# Every port that any container listens on, Ray's among them, in hexadecimal.
+LISTENING=$(for id in "${IDS[@]}"; do docker exec "$id" cat /proc/net/tcp /proc/net/tcp6 2>/dev/null || true; done |
+    awk '$4 == "0A" {sub(/.*:/, "", $2); print $2}' | sort -u | tr '\n' ',')
 # shellcheck disable=SC2086  # a list of addresses
-docker exec -i "$GATEWAY" python3 - "$OWN" $ADDRESSES <<'PY' || die "the sandbox reaches what it must not"
+docker exec -i "$GATEWAY" python3 - "$LISTENING" "$OWN" $ADDRESSES <<'PY' || die "the sandbox reaches what it must not"
 import socket, sys
 from concurrent.futures import ThreadPoolExecutor
-own, *others = sys.argv[1:]
-ports = (22, 53, 80, 443, 2375, 3000, 6379, 8100, 8101, 8102, 8103, 8265, 9090)
-targets = [(host, port) for host in sorted(set(others) - {own}) for port in ports]
+listening, own, *others = sys.argv[1:]
+ports = {22, 53, 80, 443, 2375, 3000, 6379, 6380, 8100, 8101, 8102, 8103, 8265, 9090, 52365}
+ports |= {int(port, 16) for port in listening.split(",") if port}
+targets = [(host, port) for host in sorted(set(others) - {own}) for port in sorted(ports)]
 targets += [("1.1.1.1", 53), ("8.8.8.8", 443), ("169.254.169.254", 80)]
 
 def answers(target):

@@ -1,7 +1,8 @@
 """One TOML file per run. A fact that several services share stands once, in ``[run]``.
 
-Environment variables override: ``SINGLESTREAM_<SECTION>__<KEY>``, for example ``SINGLESTREAM_RUN__REDIS_URL``. The
-file is named by ``--config`` or by ``SINGLESTREAM_CONFIG``. Paths in it are relative to the working directory.
+Environment variables override: ``SINGLESTREAM_<SECTION>__<KEY>``, for example ``SINGLESTREAM_RUN__REDIS_URL``; a
+misspelt one is refused. The file is named by ``--config`` or by ``SINGLESTREAM_CONFIG``. Paths in it are relative to
+the working directory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from singlestream.errors import ConfigError
-from singlestream.validation import problems
+from singlestream.validation import misnamed_variables, problems
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -125,7 +126,7 @@ class ValueStoreConfig(Listening):
     dead_letters_kept: int = Field(default=10_000, ge=1)
     """Messages that could not be used, kept to look at; older ones are dropped and counted."""
     redis_memory_share: float = Field(default=0.6, gt=0.0, lt=1.0)
-    """Leasing stops above this share of Redis' maxmemory."""
+    """Leasing stops above this share of Redis' maxmemory; the server of ``singlestream up`` has none."""
     redis_deadline_s: float = Field(default=600.0, gt=0.0)
     """So long the store waits for a Redis that is away before it exits with the cause."""
     max_prompts_per_request: int = Field(default=10_000, ge=1)
@@ -178,9 +179,10 @@ class RolloutConfig(Listening):
     """A lease whose holder sent no heartbeat for so long is claimed by another; heartbeats go at a quarter of it."""
     max_attempts: int = Field(default=3, ge=1)
     """Replicas that may start a lease before it fails."""
-    evaluation_share: float = Field(default=1.0, gt=0.0, le=1.0)
-    """While training runs, most of all slots that evaluation may hold at a time; below 1 training keeps the rest.
-    A pinned evaluation takes whole replicas: at most this share of them.
+    evaluation_share: float = Field(default=0.5, gt=0.0, le=1.0)
+    """While training runs, most of all slots that evaluation may hold at a time; training keeps the rest.
+    A pinned evaluation takes whole replicas: this share of them, rounded down, but one at least, so that training
+    stands still for it only where there is but one.
     """
     clear_cache: bool = False
     """Whether a weight update recomputes running requests' KV under the new weights."""
@@ -252,8 +254,8 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(default=16_384, ge=16)
     """Tokens of one packed micro-batch on one rank; a longer trajectory gets one of its own."""
     attention: Literal["packed", "padded"] = "packed"
-    """``packed``: one row, no padding; ``padded``: rows of similar length, for models with attention windows
-    (docs/learner.md, the model)."""
+    """``packed``: one row, no padding; ``padded``: rows of similar length, for models with windows, recurrent or
+    convolutional layers, which are refused otherwise (docs/learner.md, the model)."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the forward and backward pass; masters and reductions are fp32."""
     gradient_checkpointing: bool = False
@@ -285,9 +287,9 @@ class LearnerConfig(Section):
     archive_every: int = Field(default=0, ge=0)
     """A checkpoint whose step is a multiple of this is kept for good, to be exported; 0 keeps none."""
     wait_warn_s: float = Field(default=60.0, gt=0.0)
-    """After so long without a full batch the log says what is waited for, and again at every further multiple."""
+    """After so long without any arrival the log says what is waited for, and again at every further multiple."""
     wait_timeout_s: float = Field(default=3600.0, gt=0.0)
-    """After so long without any trajectory the learner exits with the cause."""
+    """After so long without any trajectory the learner exits with the cause; not while training is paused."""
     redis_deadline_s: float = Field(default=300.0, gt=0.0)
     """Redis may be away for so long before the learner exits with the cause."""
     deterministic: bool = False
@@ -394,6 +396,12 @@ class Config(BaseSettings):
         return self
 
 
+def check_environment() -> None:
+    """Raise `ConfigError` if a variable is meant as a setting and is none: nothing else would ever tell."""
+    if misnamed := list(misnamed_variables(os.environ, "SINGLESTREAM_", Config)):
+        raise ConfigError(f"environment: {'; '.join(misnamed)}")
+
+
 def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None = None) -> Config:
     """Read and check a run's settings.
 
@@ -402,8 +410,10 @@ def load_config(path: Path | str | None = None, overrides: dict[str, Any] | None
         overrides: ``{section: {key: value}}`` that win over the file but not over the environment.
 
     Raises:
-        ConfigError: no file, no TOML, or a setting that is unknown or out of range. Names the file and the keys.
+        ConfigError: no file, no TOML, or a setting that is unknown or out of range. Names the file and the keys, or the
+            variables of the environment.
     """
+    check_environment()
     path = path or os.environ.get("SINGLESTREAM_CONFIG")
     if not path:
         raise ConfigError("no configuration: pass --config FILE or set SINGLESTREAM_CONFIG")

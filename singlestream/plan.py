@@ -71,7 +71,8 @@ class Plan:
         others: the other splits that fit, best first.
         step_s: seconds between optimizer steps.
         weights_gib: bf16 weights that each version publishes.
-        weights_volume_gib: what the weights' volume must hold: two versions kept and one being written.
+        weights_volume_gib: what the weights' volume must hold: two versions kept, one being written, and where machines
+            fetch them one more.
         network_s: seconds that one version takes to another machine; None where no network was named.
         assumptions: what the figures rest on, one sentence each.
     """
@@ -136,8 +137,34 @@ def plan(
     scale = REFERENCE_PARAMETERS / parameters
     rollout_rate = rollout_tokens_per_s or min(ROLLOUT_CEILING_TOKENS_PER_S, ROLLOUT_TOKENS_PER_S * scale)
     learner_rate = learner_tokens_per_s or LEARNER_TOKENS_PER_S * scale
+    splits = _splits(parameters, gpus, micro_batch_tokens, gpu_memory_gib, rollout_rate, learner_rate)
+    weights_gib = 2 * parameters / GIB
+    return Plan(
+        best=splits[0],
+        others=tuple(splits[1:]),
+        step_s=train_batch_size * mean_response_tokens / splits[0].tokens_per_s,
+        weights_gib=weights_gib,
+        weights_volume_gib=(3 if network_gbit_per_s is None else 4) * weights_gib,
+        network_s=None if network_gbit_per_s is None else 16 * parameters / (network_gbit_per_s * 1e9),
+        assumptions=_assumptions(
+            None if rollout_tokens_per_s else rollout_rate,
+            None if learner_tokens_per_s else learner_rate,
+            gpu_memory_gib,
+        ),
+    )
+
+
+def _splits(
+    parameters: float,
+    gpus: int,
+    micro_batch_tokens: int,
+    gpu_memory_gib: float,
+    rollout_rate: float,
+    learner_rate: float,
+) -> list[Split]:
+    """Every split that fits the memory, best first; rates are tokens a second of one GPU. Raises `ConfigError`."""
     size = tensor_parallel_for(parameters, gpu_memory_gib)
-    splits = []
+    found = []
     for learner_gpus in range(1, gpus):
         rollout_gpus = (gpus - learner_gpus) // size * size
         memory_gib = learner_memory_gib(parameters, learner_gpus, micro_batch_tokens)
@@ -146,28 +173,14 @@ def plan(
         sampled = rollout_gpus * rollout_rate
         trained = learner_gpus * learner_rate * (1 - OTHER_TOKENS_SHARE)
         rate = min(sampled, trained)
-        splits.append(Split(rollout_gpus, learner_gpus, size, rate, 1 - rate / sampled, 1 - rate / trained, memory_gib))
-    if not splits:
+        found.append(Split(rollout_gpus, learner_gpus, size, rate, 1 - rate / sampled, 1 - rate / trained, memory_gib))
+    if not found:
         raise ConfigError(
             f"no split of {gpus} GPUs of {gpu_memory_gib:.0f} GiB fits: an engine needs {size}, and the learner's "
             f"state is {STATE_BYTES_PER_PARAMETER * parameters / GIB:.0f} GiB over its ranks, besides "
             f"{learner_memory_gib(parameters, 10**9, micro_batch_tokens):.0f} GiB of activations on each"
         )
-    splits.sort(key=lambda split: (-split.tokens_per_s, -split.rollout_gpus))
-    weights_gib = 2 * parameters / GIB
-    return Plan(
-        best=splits[0],
-        others=tuple(splits[1:]),
-        step_s=train_batch_size * mean_response_tokens / splits[0].tokens_per_s,
-        weights_gib=weights_gib,
-        weights_volume_gib=3 * weights_gib,
-        network_s=None if network_gbit_per_s is None else 16 * parameters / (network_gbit_per_s * 1e9),
-        assumptions=_assumptions(
-            None if rollout_tokens_per_s else rollout_rate,
-            None if learner_tokens_per_s else learner_rate,
-            gpu_memory_gib,
-        ),
-    )
+    return sorted(found, key=lambda split: (-split.tokens_per_s, -split.rollout_gpus))
 
 
 def _assumptions(rollout_estimate: float | None, learner_estimate: float | None, memory_gib: float) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -20,6 +20,31 @@ def problems(error: ValidationError, model: type[BaseModel]) -> str:
         f"{'.'.join(map(str, one['loc'])) or 'together'}: {_reason(one['loc'], one['type'], one['msg'], model)}"
         for one in error.errors(include_url=False, include_input=False)
     )
+
+
+def misnamed_variables(names: Iterable[str], prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    """Variables that are meant as settings and would be ignored, each with what is meant.
+
+    Those are ``<prefix><section>__<key>`` with a section that is nearly one, and ``<prefix><section>_<key>`` of one
+    that there is; others with the prefix are somebody else's. Pydantic refuses keys that a section does not have.
+
+    Args:
+        names: of the environment's variables.
+        prefix: of those that are settings, in capitals.
+        model: its fields are the sections.
+    """
+    sections = model.model_fields
+    meant = {f"{section}_{key}": (section, key) for section in sections for key in _names((section,), model)}
+    for name in sorted(name for name in names if name.upper().startswith(prefix)):
+        setting = name[len(prefix) :].lower()
+        section, is_nested, key = setting.partition("__")
+        if setting in meant:
+            section, key = meant[setting]
+        elif is_nested and section not in sections and (near := difflib.get_close_matches(section, sections, n=1)):
+            section = near[0]
+        else:
+            continue
+        yield f"{name}: no such setting; do you mean {prefix}{section.upper()}__{key.upper()}?"
 
 
 def _reason(place: tuple[int | str, ...], kind: str, message: str, model: type[BaseModel]) -> str:

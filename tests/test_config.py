@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import ast
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from services.sandbox_gateway.settings import load_settings
 from singlestream import config
 from singlestream.config import (
+    Config,
     LearnerConfig,
     RolloutConfig,
     RunConfig,
@@ -16,7 +19,9 @@ from singlestream.config import (
     load_config,
 )
 from singlestream.errors import ConfigError
+from singlestream.validation import misnamed_variables
 
+ROOT = Path(__file__).parents[1]
 MINIMAL = '[run]\nname = "r"\nmodel = "m"\ntotal_steps = 3\n'
 
 
@@ -103,6 +108,36 @@ def test_the_environment_wins_over_the_file(file: Path, monkeypatch: pytest.Monk
     assert loaded.run.total_steps == 7
     assert loaded.run.name == "r"
     assert "secret" not in repr(loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SINGLESTREAM_LEARNRE__LR", "SINGLESTREAM_LEARNER__LR"),
+        ("SINGLESTREAM_LEARNER_LR", "SINGLESTREAM_LEARNER__LR"),
+        ("SINGLESTREAM_VALUE_STORE_READ_TOKEN", "SINGLESTREAM_VALUE_STORE__READ_TOKEN"),
+        ("SINGLESTREAM_STORE__RHO_MIN", "SINGLESTREAM_VALUE_STORE__RHO_MIN"),
+    ],
+)
+def test_a_variable_that_would_be_ignored_is_named(
+    file: Path, name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(ConfigError, match=rf"environment: {name}: no such setting.*{meant}"):
+        load_config(file)
+    with pytest.raises(ConfigError, match=name):
+        load_settings(None)
+
+
+def test_no_variable_in_use_is_taken_for_a_misnamed_one() -> None:
+    used: set[str] = set()
+    places = ("benchmarks", "deploy", "docs", "examples", "scripts", "services", "singlestream")
+    files = [path for place in places for path in (ROOT / place).rglob("*")]
+    for path in [*files, ROOT / "docker-compose.yml", ROOT / ".env.example", ROOT / "Makefile"]:
+        if path.is_file() and path.stat().st_size < 1 << 20 and path.suffix not in (".pyc", ".safetensors"):
+            used |= set(re.findall(r"SINGLESTREAM_[A-Z0-9_]*[A-Z0-9]", path.read_text(errors="replace")))
+    assert "SINGLESTREAM_RUN__REDIS_URL_FILE" in used
+    assert list(misnamed_variables(used, "SINGLESTREAM_", Config)) == []
 
 
 def test_no_file_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -131,15 +131,16 @@ def measure(
     """
     # after a resume the store may hold the anchor that the very steps left which are now taken again
     before = [anchor if anchor is not None and anchor.step < step else None for anchor in anchors]
-    measured = [anchor for anchor in before if anchor is not None]
+    # members of a group share their prompt's anchor: it is scored once
+    measured = list({anchor.sample.lease_id: anchor for anchor in before if anchor is not None}.values())
     kept = [sample for sample, keep in zip(samples, keep_N, strict=True) if keep and sample.action_tokens]
     if not measured and not kept:
         return ExactDrift([None] * len(samples), [None] * len(samples), [])
     scores = logprobs_of(policy, [*(anchor.sample for anchor in measured), *kept])
-    drifts = iter([_mean_shift(anchor, now) for anchor, now in zip(measured, scores, strict=False)])
+    drifts = {anchor.sample.lease_id: _mean_shift(anchor, now) for anchor, now in zip(measured, scores, strict=False)}
     d_half = policy.settings.d_half
     return ExactDrift(
-        drift_N=[None if anchor is None else next(drifts) for anchor in before],
+        drift_N=[None if anchor is None else drifts[anchor.sample.lease_id] for anchor in before],
         clock_N=[None if anchor is None else (z - anchor.z) * d_half for anchor in before],
         kept=[
             Anchor(step, z, _with_logprobs(sample, logprobs))

@@ -190,16 +190,4 @@ def attend(
     return inside(query_TND, key_TKD, value_TKD, rows, scaling)[None], None
 
 
-def attends_plainly(config: Any) -> bool:
-    """Whether all layers of a model attend to everything before them, by its configuration.
-
-    Of the others transformers' own attention takes care, with a mask of tokens × tokens for packed rows.
-    """
-    layers = getattr(config, "layer_types", None)
-    if layers is not None:
-        return set(layers) == {"full_attention"} and not getattr(config, "attn_logit_softcapping", None)
-    windows = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping")
-    return not any(getattr(config, name, None) for name in windows)
-
-
 AttentionInterface.register(NAME, attend)

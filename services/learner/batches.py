@@ -240,7 +240,7 @@ class BatchAssembler:
         self.stale += stale
         # the value store replaces a lease that was lost, but not members of a group: so a group counts whatever is left
         self._groups += int(self.group_size > 1 or len(self.batch) > trained)
-        return [closing(one, "stale") for one in stale]
+        return [closing_update(one, "stale") for one in stale]
 
     def _trainable(self, trajectory: Trajectory, step: int) -> bool:
         return any(
@@ -266,7 +266,7 @@ class BatchAssembler:
         return self.position
 
 
-def closing(trajectory: Trajectory, outcome: str, drift: float | None = None) -> PosteriorUpdate:
+def closing_update(trajectory: Trajectory, outcome: str, drift: float | None = None) -> PosteriorUpdate:
     """The update that closes a trajectory's lease as ``trained`` or ``stale``, with exact drift where it is known."""
     return PosteriorUpdate.model_validate(
         {

@@ -159,7 +159,6 @@ class Checkpoints:
         }
 
         def write() -> None:
-            self._remove_partials(name)
             state["files"] = self._write(name, staged)
             self._complete(name, state)
             kept = self._kept(step)
@@ -169,6 +168,11 @@ class Checkpoints:
 
         self._beside.submit(write)
         return name
+
+    def remove_partials(self) -> None:
+        """Delete what crashes left half written. For rank 0, once it holds the fence: nobody else's write counts."""
+        for path in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def settle(self) -> None:
         """Wait until the checkpoint in flight counts. Collective.
@@ -209,12 +213,6 @@ class Checkpoints:
 
     def _partial(self, name: str) -> Path:
         return self.folder / f".{name}.partial"
-
-    def _remove_partials(self, name: str) -> None:
-        """Delete what crashes left, which a full disk needs first; the one to be written may be another rank's now."""
-        for path in self.folder.glob(".step-*.partial"):
-            if path != self._partial(name):
-                shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, name: str, staged: dict[str, torch.Tensor]) -> dict[str, dict[str, int]]:
         """Every rank writes its shard beside the others, and reads it back; returns size and crc32 of every file."""
@@ -295,6 +293,19 @@ class Checkpoints:
             return f"{path.name}: it is not of this run or model: {difference}"
         return found
 
+    def refuse_unknown(self) -> None:
+        """To be asked before the fence of a run that Redis has never seen is taken: a new one would clear the folder.
+
+        Raises:
+            CheckpointError: there are checkpoints of a run that this Redis has lost, or never had.
+        """
+        if left := named(self.folder):
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints up to step {step_of(left[-1].name)}, and Redis knows nothing of "
+                "their run: its data is lost, or it is another Redis. Restore its data, export what you need "
+                "(python -m services.learner.export), or start a run of another name"
+            )
+
     def choose(self, pointer: str | None) -> str | None:
         """Name of the checkpoint to resume from: the one pointed to, or else the newest good one before it.
 
@@ -302,7 +313,7 @@ class Checkpoints:
 
         Args:
             pointer: what the resume pointer holds, on every rank; None before the first checkpoint: the run starts
-                afresh.
+                afresh, and what a crash just before it pointed to its first checkpoint left is none.
 
         Raises:
             CheckpointError: none can be used; says what is wrong with each.

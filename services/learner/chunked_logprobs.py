@@ -63,8 +63,8 @@ class ChunkedLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch i
     @staticmethod
     def backward(
         ctx: Any, grad_A: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        """Gradients of h and W; W's is summed over chunks in fp32."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
+        """Gradients of h and W; W's is summed over chunks in fp32, and None where W is frozen."""
         hidden_AH, head_VH, targets_A, normaliser_A, *kept = ctx.saved_tensors
         scale_A1 = -grad_A[:, None] / ctx.temperature  # upon rows of H, not of V
         grad_hidden_AH = torch.empty_like(hidden_AH)
@@ -78,10 +78,12 @@ class ChunkedLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch i
             slope_CV.scatter_add_(1, targets_A[rows, None], -torch.ones_like(scale_A1[rows]))
             slope_CV = slope_CV.to(head_VH.dtype)
             grad_hidden_AH[rows] = (slope_CV @ head_VH) * scale_A1[rows]
-            part_VH = slope_CV.t() @ (hidden_AH[rows] * scale_A1[rows]).to(head_VH.dtype)
-            grad_head_VH = part_VH.float() if grad_head_VH is None else grad_head_VH.add_(part_VH)
-            del slope_CV, part_VH
-        return grad_hidden_AH, grad_head_VH.to(head_VH.dtype), None, None, None
+            if ctx.needs_input_grad[1]:
+                part_VH = slope_CV.t() @ (hidden_AH[rows] * scale_A1[rows]).to(head_VH.dtype)
+                grad_head_VH = part_VH.float() if grad_head_VH is None else grad_head_VH.add_(part_VH)
+                del part_VH
+            del slope_CV
+        return grad_hidden_AH, None if grad_head_VH is None else grad_head_VH.to(head_VH.dtype), None, None, None
 
 
 def score(

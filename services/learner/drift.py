@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -45,17 +45,25 @@ def choose_probe(samples: Sequence[Sample], most_tokens: int) -> list[Sample]:
 class DriftClock:
     """z and the unit it counts in.
 
+    A version's z is written once. A learner that went back to a checkpoint takes the steps behind it again, on probes
+    that may be others; it goes by what the clock says of their versions, and counts on from there.
+
     Args:
         d_half: mean |Δ log p| that halves old evidence.
         z: dimensionless; never decreases.
+        version: that z is of.
+        written: version → z, of versions that have been published before.
     """
 
     d_half: float
     z: float = 0.0
+    version: int = 0
+    written: Mapping[int, float] = field(default_factory=dict)
 
     def advance(self, drift: float) -> float:
-        """Add one publication's drift, finite and ≥ 0; returns the new z."""
-        self.z += drift / self.d_half
+        """Go on to the next version, by its drift, finite and ≥ 0, or by what was written of it; returns the new z."""
+        self.version += 1
+        self.z = max(self.z, self.written.get(self.version, self.z + drift / self.d_half))
         return self.z
 
 

@@ -86,7 +86,8 @@ class StreamReader:
         vocabulary: rows of the model's embedding.
         longest_tokens: positions of the model.
         wait_warn_s: after so long the log says what is waited for.
-        wait_timeout_s: after so long without any entry a wait fails; the seconds of the step before do not count.
+        wait_timeout_s: after so long without any entry a wait fails; the seconds of the step before do not count, nor
+            those in which training is paused.
 
     Raises:
         CheckpointError: the stream no longer has what comes after the position.
@@ -172,6 +173,9 @@ class StreamReader:
         return f"trajectories: {len(self.assembler.batch)} of {self.assembler.batch_size} have arrived{rest}"
 
     def _complain(self) -> None:
+        if self.link.call(self.link.streams.is_paused, "the state of training"):
+            self._last_arrival, self._warnings = time.monotonic(), 0
+            return
         silent_s = time.monotonic() - self._last_arrival
         if silent_s > self._timeout_s:
             raise DeadlineExceeded(f"{self.waiting_for()}; is a rollout replica alive?", silent_s)

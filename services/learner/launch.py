@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -16,6 +17,10 @@ log = logging.getLogger(__name__)
 GRACE_S = 60.0
 """Ranks that outlive a failed peer for so long are killed."""
 POLL_S = 0.1
+COMMAND = (sys.executable, "-m", "services.learner")
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h: the signal that a process gets when its parent dies."""
+_libc = ctypes.CDLL(None)
 
 
 def free_port() -> int:
@@ -36,22 +41,35 @@ def launch(ranks: int, arguments: list[str]) -> int:
         0 where every rank ended well, else the first failed rank's exit code.
     """
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "services.learner", *arguments],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)},
-        )
-        for rank in range(ranks)
-    ]
+    children: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         for child in children:
             if child.poll() is None:
                 child.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):  # first: a stop may come between two starts
         signal.signal(number, forward)
+    for rank in range(ranks):
+        if received:
+            break
+        child = subprocess.Popen(
+            [*COMMAND, *arguments],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)},
+            preexec_fn=_end_with_the_launcher,
+        )
+        children.append(child)
+    if received:  # also the one that was being started meanwhile
+        for child in children:
+            child.terminate()
     return _watch(children)
+
+
+def _end_with_the_launcher() -> None:
+    """In a rank, before it runs: a launcher that is killed stops it too. It holds the port that a next start needs."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _watch(children: list[subprocess.Popen[bytes]]) -> int:

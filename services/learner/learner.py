@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 
@@ -9,7 +10,7 @@ import torch
 
 from services.learner.anchors import ExactDrift, measure
 from services.learner.background import Background
-from services.learner.batches import BatchAssembler, Position, closing
+from services.learner.batches import BatchAssembler, Position, closing_update
 from services.learner.checkpoints import Checkpoints, LearnerState
 from services.learner.drift import DriftClock, Probe, make_probe
 from services.learner.intake import Batch, Intake, StopRequest, StreamReader
@@ -78,7 +79,7 @@ class Learner:
         self.lineage, self.token = self._take_over()
         state = self._resume()
         self.step, self._saved_step = state.step, state.step if state.step else -1
-        self.clock = DriftClock(self.settings.d_half, state.z)
+        self.clock = DriftClock(self.settings.d_half, state.z, state.step, self._written_clock())
         self._skipped = 0
         self._noise: float | None = None
         self._publisher = Publisher(config, self.lineage, self.link, files) if self.link is not None else None
@@ -96,9 +97,12 @@ class Learner:
         def take_over() -> bytes:
             assert self.link is not None  # noqa: S101  rank 0's
             link = self.link
+            if not link.call(link.streams.is_known, "the run's lineage"):
+                self.checkpoints.refuse_unknown()
             lineage = link.call(link.streams.take_over, "the learner's fence")
             link.status.lineage = lineage
             link.start_heartbeat()
+            self.checkpoints.remove_partials()
             return f"{lineage} {link.streams.token}".encode()
 
         lineage, token = self.ranks.from_first(take_over).decode().split()
@@ -118,6 +122,15 @@ class Learner:
         state = self.checkpoints.load(name)
         log.info("resumed from %s: step %d, cursor %s", name, state.step, state.position.cursor)
         return state
+
+    def _written_clock(self) -> dict[int, float]:
+        """Version → z as Redis has it, the same on every rank. Collective."""
+
+        def read() -> bytes:
+            assert self.link is not None  # noqa: S101  rank 0's
+            return json.dumps(self.link.call(self.link.streams.drift_clock, "the drift clock")).encode()
+
+        return {int(version): z for version, z in json.loads(self.ranks.from_first(read)).items()}
 
     def _reader(self, position: Position) -> StreamReader | None:
         if self.link is None:
@@ -188,7 +201,8 @@ class Learner:
         if self.link is None:
             return
         link, most_bytes = self.link, self.settings.anchor_bytes
-        updates = [closing(one, "trained", drift) for one, drift in zip(batch.trajectories, exact.drift_N, strict=True)]
+        pairs = zip(batch.trajectories, exact.drift_N, strict=True)
+        updates = [closing_update(trajectory, "trained", drift) for trajectory, drift in pairs]
         # a script of the value store counts each prompt once: so first members of all groups, then second ones
         size = self.config.value_store.group_size
         updates.sort(key=lambda update: (parse_lease_id(update.lease_id)[2] - 1) % size)

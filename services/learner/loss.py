@@ -80,7 +80,8 @@ def objective(
         logprobs_A: ℓ, with gradient.
         behaviour_A: b.
         advantages_A: normalised advantage of each token's trajectory.
-        mask_A: bool; False tokens add nothing, whatever their log-probs are (not even NaN).
+        mask_A: bool; False tokens add nothing, to the loss and to its gradient, whatever their log-probs are (not even
+            NaN).
         batch_action_tokens: N of the global batch.
         settings: numbers of the loss.
         old_A: p, where it was computed at the start of the batch (several updates a batch); None takes
@@ -88,6 +89,8 @@ def objective(
 
     A non-finite log-prob of an unmasked token makes the loss non-finite; the caller refuses such a step.
     """
+    # before any exp: behind one, a masked token's gradient would be 0 · e^NaN
+    logprobs_A = torch.where(mask_A, logprobs_A, torch.zeros_like(logprobs_A))
     current_A = logprobs_A.detach()
     if settings.old == "behaviour":
         old_A = behaviour_A

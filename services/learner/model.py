@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model, sharded with FSDP2, that returns log-probs of chosen tokens.
+"""A Hugging Face causal language model, sharded with FSDP2, that returns log-probs of chosen tokens.
 
 Axes: B rows, T tokens of a row, A action tokens of the micro-batch, H hidden size, V vocabulary.
 """
@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from services.learner import attention, lora
+from services.learner import architectures, attention, lora
 from services.learner.chunked_logprobs import score
 from singlestream.config import LearnerConfig
 from singlestream.errors import ConfigError, WeightsError
@@ -69,7 +69,7 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
             (log-probs [A] in fp32, mean entropy in nats of a sample of them).
         """
         base = getattr(self.lm, self.lm.base_model_prefix)
-        inside = {"rows": rows} if self.plain else {}  # else transformers reads the position ids, and makes a mask
+        inside = {"rows": rows} if self.plain else {}
         output = base(input_ids=token_ids_BT, position_ids=position_ids_BT, use_cache=False, **inside)
         hidden_AH = output.last_hidden_state.flatten(0, 1)[before_A]
         head_VH = self.lm.get_output_embeddings().weight
@@ -92,12 +92,28 @@ class Scorer(nn.Module):  # type: ignore[misc]  # torch is not followed
                 module.reshard()
 
 
-def _refuse_unsupported(config: Any) -> None:
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ConfigError(f"run.model: {name} = {getattr(config, name)}: the learner scores plain logits only")
-    if getattr(config, "attention_dropout", 0.0):
-        raise ConfigError("run.model: attention_dropout must be 0: scores would differ from pass to pass")
+def _build(folder: Path, settings: LearnerConfig) -> nn.Module:
+    """The model without storage, its layers as `attention` has them where they are plain. Raises `ConfigError`."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run.model: {folder}: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"run.model: {folder}: {config.model_type} is no causal language model") from error
+    text = config.get_text_config()
+    architectures.refuse_changed_logits(text)
+    architectures.remove_dropout(config)
+    why = architectures.not_plain(text, kind)
+    if why and settings.attention == "packed":
+        raise ConfigError(f'run.model: {why}, so its trajectories cannot be packed: set learner.attention = "padded"')
+    with init_empty_weights(include_buffers=False):
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=None if why else attention.NAME
+        )
+    architectures.refuse_biased_head(lm)
+    lm.tie_weights()
+    return lm
 
 
 def load_policy(
@@ -119,15 +135,7 @@ def load_policy(
         ConfigError: the folder or its architecture cannot be used.
         WeightsError: the files lack a parameter or have it in another shape.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run.model: {folder}: {error}") from error
-    _refuse_unsupported(config)
-    implementation = attention.NAME if attention.attends_plainly(config.get_text_config()) else "sdpa"
-    with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
-    lm.tie_weights()
+    lm = _build(folder, settings)
     if settings.lora_rank:
         lora.add_adapters(lm, settings)
     lm.train(settings.gradient_checkpointing)
@@ -212,9 +220,10 @@ def parameters(scorer: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def full_tensors(scorer: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor on the CPU in ``dtype``), one by one, adapters merged.
+    """(name, whole tensor in ``dtype``), one by one, adapters merged.
 
-    Collective: every rank must run it to its end.
+    Collective: every rank must run it to its end. Whoever keeps a tensor copies it to where it is wanted: one of the
+    ranks does, and the others drop theirs.
     """
     named = dict(parameters(scorer))
     for name, parameter in named.items():
@@ -227,7 +236,7 @@ def full_tensors(scorer: Scorer, dtype: torch.dtype) -> Iterator[tuple[str, torc
         whole = whole.to(dtype)
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()
-        yield name, whole.cpu().contiguous()
+        yield name, whole.contiguous()
 
 
 def count_parameters(scorer: nn.Module) -> int:

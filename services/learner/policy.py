@@ -6,6 +6,7 @@ Axes: N samples of the batch, A action tokens of a micro-batch.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,10 @@ class Policy:
         self.model = load_policy(folder, settings, temperature, ranks.mesh(), ranks.device)
         config = self.model.lm.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
-        self.longest_tokens = int(config.max_position_embeddings)
+        self.longest_tokens = int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
         self.size = count_parameters(self.model)
-        heads = int(config.num_attention_heads)
-        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads = int(getattr(config, "num_attention_heads", None) or 0)
+        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
         self._attention_size = int(config.num_hidden_layers) * heads * head_size
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(

@@ -62,7 +62,7 @@ def take_snapshot(
     """Copy one version's tensors into a file beside the others.
 
     Args:
-        tensors: (name, whole tensor on the CPU, contiguous, in ``dtype``); taken one at a time, to hold one in memory.
+        tensors: (name, whole tensor, contiguous, in ``dtype``); taken one at a time, to hold one in memory.
         folder: on a memory volume; made if missing.
         version: policy version.
         lineage: start of the learner.
@@ -93,7 +93,7 @@ def _append(file: BinaryIO, tensor: torch.Tensor) -> tuple[int, int]:
     """Write a tensor's bytes at the next aligned offset; returns (offset, bytes)."""
     offset = -(-file.tell() // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     file.seek(offset)
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    data = memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     file.write(data)
     return offset, len(data)
 

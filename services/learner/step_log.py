@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from services.learner.checkpoint_files import sync_folder
+
 STEPS, EVIDENCE = "steps.jsonl", "evidence.jsonl"
 STARTED = "started_at_s"
 
@@ -24,15 +26,24 @@ def surviving_records(lines: Iterable[str], step: int) -> Iterator[str]:
             yield line.rstrip("\n") + "\n"
 
 
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    """Write a file anew, whole or not at all, also where the power fails."""
+    beside = path.with_suffix(".partial")
+    with beside.open("w") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
 class _Lines:
     """A file of JSON lines with a step in each; what a resume takes again is cut off."""
 
     def __init__(self, path: Path, step: int) -> None:
-        beside = path.with_suffix(".partial")
         path.touch()
-        with path.open() as before, beside.open("w") as after:
-            after.writelines(surviving_records(before, step) if step else ())
-        os.replace(beside, path)
+        with path.open() as before:
+            _replace(path, surviving_records(before, step) if step else ())
         self._file = path.open("a")
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
@@ -58,7 +69,7 @@ class StepLog:
         folder.mkdir(parents=True, exist_ok=True)
         started = folder / STARTED
         if step == 0 or not started.is_file():
-            started.write_text(repr(time.time()))
+            _replace(started, [repr(time.time())])
         self._started_s = float(started.read_text())
         self._evidence = _Lines(folder / EVIDENCE, step)
         self._steps = _Lines(folder / STEPS, step)

@@ -19,22 +19,21 @@ def main(argv: list[str] | None = None) -> int:
     how.add_argument("--node", action="store_true", help="a Ray node with room for one replica, at rollout.ray_address")
     options = parser.parse_args(argv)
 
-    from singlestream.config import LOOPBACK, load_config
+    from services.rollout.process_env import guarded
+    from singlestream.config import load_config
     from singlestream.errors import ConfigError, SinglestreamError
     from singlestream.telemetry import setup_logging
 
     setup_logging("rollout")
     try:
-        config = load_config(options.config)
-        if config.rollout.host not in LOOPBACK and config.rollout.token is None:
-            raise ConfigError(f"rollout.host = {config.rollout.host!r} is not loopback: set rollout.token")
+        config = guarded(load_config(options.config))
         if options.no_ray:
             from services.rollout.process_env import apply_engine_variables
 
             apply_engine_variables(config)
             from services.rollout.single import run_single
 
-            return run_single(config)
+            run_single(config)
         if options.node:
             from services.rollout.node import run_node
 

@@ -9,7 +9,9 @@ Scores below 0, such as verl's −1 for a wrong answer, become 0 here, because a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from functools import wraps
 from typing import Any
 
 from services.rollout.graders import Grader, Response
@@ -19,14 +21,15 @@ from services.rollout.verifiers_tasks import from_verifiers
 def from_verl(compute_score: Callable[..., Any]) -> Grader:
     """Verl's custom reward function."""
 
-    def grade(response: Response) -> float:
+    @wraps(compute_score)
+    def grade(response: Response) -> float | Awaitable[float]:
         score = compute_score(
-            data_source="singlestream",
+            data_source=response.source,
             solution_str=response.text,
             ground_truth=response.answer,
             extra_info={"question": response.question},
         )
-        return _at_least_0(score["score"] if isinstance(score, Mapping) else score)
+        return _then(score, lambda told: _at_least_0(told["score"] if isinstance(told, Mapping) else told))
 
     return grade
 
@@ -34,18 +37,31 @@ def from_verl(compute_score: Callable[..., Any]) -> Grader:
 def from_trl(reward: Callable[..., Any]) -> Grader:
     """TRL's reward function, called with a batch of one and the columns ``answer`` and ``ground_truth``."""
 
-    def grade(response: Response) -> float:
+    def the_one(scores: Any) -> float:
+        if len(scores) != 1 or scores[0] is None:
+            raise ValueError(f"a TRL reward function returns one number a completion, not {scores!r}")
+        return _at_least_0(scores[0])
+
+    @wraps(reward)
+    def grade(response: Response) -> float | Awaitable[float]:
         scores = reward(
             prompts=[response.question],
             completions=[response.text],
             answer=[response.answer],
             ground_truth=[response.answer],
         )
-        if len(scores) != 1 or scores[0] is None:
-            raise ValueError(f"a TRL reward function returns one number a completion, not {scores!r}")
-        return _at_least_0(scores[0])
+        return _then(scores, the_one)
 
     return grade
+
+
+def _then(told: Any, number: Callable[[Any], float]) -> float | Awaitable[float]:
+    """The number that a function's answer comes to, be it asynchronous."""
+
+    async def later() -> float:
+        return number(await told)
+
+    return later() if inspect.isawaitable(told) else number(told)
 
 
 def _at_least_0(score: Any) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from services.rollout import completions
 from services.rollout.episode import NothingSampled, PromptTooLong
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from services.rollout.replica import Replica
 
 
+FAULTS: dict[type[Exception], int] = {PromptTooLong: 422, NothingSampled: 504, SandboxError: 502, EngineDead: 503}
+"""How an episode can fail that is not the fault of its environment or grader → HTTP status."""
+
+
 class EpisodeRequest(BaseModel):
     """One episode to run, outside of training."""
 
@@ -31,6 +36,8 @@ class EpisodeRequest(BaseModel):
     """The task's text."""
     answer: str = Field(default="", max_length=20_000)
     """Ground truth for the grader."""
+    source: str = Field(default="default", max_length=200)
+    """Data set that the task is from, for graders that ask."""
     environment: str = Field(default="math_python", max_length=200)
     """Environment, optionally with a grader: ``math_python/package.module:function``."""
     temperature: float = Field(default=1.0, ge=0.0)
@@ -45,8 +52,15 @@ class ScaleRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    replicas: int = Field(ge=0, le=1024)
-    """Most replicas; fewer run where the nodes have no room for more. 0 stops all, this interface with them."""
+    replicas: int = Field(le=1024)
+    """Most replicas, at least 1; fewer run where the nodes have no room for more."""
+
+    @field_validator("replicas")
+    @classmethod
+    def _leaves_one(cls, replicas: int) -> int:
+        if replicas < 1:
+            raise ValueError("at least 1: without a replica nobody answers this interface; POST /v1/control pauses all")
+        return replicas
 
 
 class ControlRequest(BaseModel):
@@ -131,20 +145,24 @@ def _guarded(replica_of: Callable[[], Replica]) -> APIRouter:
 
     @guarded.post("/v1/episodes")
     async def episodes(request: EpisodeRequest) -> dict[str, Any]:
-        """Run one episode and return its whole trace."""
+        """Run one episode and return its whole trace; 422 has the traceback where environment or grader raise."""
         sampling = Sampling(temperature=request.temperature, top_p=request.top_p, top_k=request.top_k)
+        replica = replica_of()
         try:
-            return await replica_of().run_episode(request.question, request.answer, request.environment, sampling)
+            replica.environment(request.environment)
         except (KeyError, ConfigError) as error:
             raise HTTPException(422, f"environment {request.environment!r}: {error}") from error
-        except PromptTooLong as error:
-            raise HTTPException(422, str(error)) from error
-        except NothingSampled as error:
-            raise HTTPException(504, str(error)) from error
-        except SandboxError as error:
-            raise HTTPException(502, str(error)) from error
-        except EngineDead as error:
-            raise HTTPException(503, str(error)) from error
+        except Exception as error:  # a user's module that does not import
+            raise HTTPException(422, traceback.format_exc()) from error
+        try:
+            return await replica.run_episode(
+                request.question, request.answer, request.source, request.environment, sampling
+            )
+        except tuple(FAULTS) as error:
+            status = next(status for kind, status in FAULTS.items() if isinstance(error, kind))
+            raise HTTPException(status, str(error)) from error
+        except Exception as error:  # the environment and the grader are the user's code, which is tried out here
+            raise HTTPException(422, traceback.format_exc()) from error
 
     guarded.include_router(completions.router(replica_of))
     return guarded

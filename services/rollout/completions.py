@@ -7,20 +7,32 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.rollout.generation import EngineDead
+from services.rollout.answer_text import AnswerText
+from services.rollout.generation import EngineDead, RequestRefused
 
 if TYPE_CHECKING:
     from services.rollout.replica import Replica
 
 
+StopString = Annotated[str, Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    """What a streamed answer tells beside its text."""
+
+    include_usage: bool = False
+    """Whether the tokens' numbers come at its end."""
+
+
 class _Request(BaseModel):
-    # clients send many optional fields; those that would change the answer and are not here are refused by name
+    # clients send many optional fields; all that are not here are looked at by `_refuse_unsupported`
     model_config = ConfigDict(extra="allow")
 
     model: str = ""
@@ -32,8 +44,9 @@ class _Request(BaseModel):
     top_k: int = Field(default=0, ge=0)
     n: int = Field(default=1, ge=1, le=128)
     """Answers to one prompt."""
-    stop: str | list[str] | None = None
+    stop: StopString | list[StopString] | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -53,6 +66,8 @@ class CompletionRequest(_Request):
 class Message(BaseModel):
     """One message of a conversation."""
 
+    model_config = ConfigDict(extra="allow")
+
     role: str
     content: str
 
@@ -63,13 +78,40 @@ class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """Another name of ``max_tokens``."""
+    logprobs: bool | None = None
+    """Whether the sampled tokens' log-probabilities are told."""
 
 
-UNSUPPORTED = ("tools", "functions", "response_format", "logit_bias", "best_of", "suffix", "echo", "top_logprobs")
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+"""Fields of OpenAI's interface that do not change what is sampled."""
+NEUTRAL: dict[str, Any] = {
+    "best_of": 1,
+    "echo": False,
+    "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": {},
+    "min_p": 0,
+    "min_tokens": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "response_format": {"type": "text"},
+    "stop_token_ids": [],
+    "suffix": "",
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+}
+"""Field that is not supported → the value that asks for nothing, as None does for every field."""
 
 
 def _refuse_unsupported(request: _Request) -> None:
-    asked = [name for name in UNSUPPORTED if (request.model_extra or {}).get(name)]
+    """Refuse by name what would change the answer and is not done here, so whatever is not known."""
+    told = {name: value for name, value in (request.model_extra or {}).items() if name not in IGNORED}
+    asked = [name for name, value in told.items() if value is not None and value != NEUTRAL.get(name)]
+    if isinstance(request, ChatRequest):  # an answer that is sent back has empty ones: refusal, annotations
+        extras = [extra for message in request.messages for extra in (message.model_extra or {}).items()]
+        asked += sorted({f"messages.{name}" for name, value in extras if value})
     if asked:
         raise HTTPException(422, f"not supported here: {', '.join(asked)}")
 
@@ -107,25 +149,51 @@ def router(replica_of: Callable[[], Replica]) -> APIRouter:
         replica = replica_of()
         if request.max_completion_tokens is not None:
             request = request.model_copy(update={"max_tokens": request.max_completion_tokens})
-        text = replica.tokenizer.apply_chat_template(
-            [message.model_dump() for message in request.messages], tokenize=False, add_generation_prompt=True
-        )
+        text = _conversation(replica.tokenizer, request.messages)
         ids = replica.tokenizer.encode(text, add_special_tokens=False)
-        wants_logprobs = bool((request.model_extra or {}).get("logprobs"))
-        return await _answer(_Answer(replica, request, ids, "chat.completion", wants_logprobs))
+        return await _answer(_Answer(replica, request, ids, "chat.completion", bool(request.logprobs)))
 
     return routes
 
 
+def _conversation(tokenizer: Any, messages: list[Message]) -> str:
+    """The messages as the model's chat template writes them."""
+    from jinja2 import TemplateError  # which transformers uses; imported here, as that is
+
+    told = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True))
+    except (ValueError, TemplateError) as error:  # there is none, or it refuses these roles
+        raise HTTPException(422, f"the model's chat template: {error}") from error
+
+
 async def _answer(answer: _Answer) -> Any:
     try:
-        if answer.request.stream:
-            if answer.request.n > 1:
-                raise HTTPException(422, "a streamed request has one answer")
-            return StreamingResponse(answer.stream(), media_type="text/event-stream")
-        return JSONResponse(await answer.whole())
+        if not answer.request.stream:
+            return JSONResponse(await answer.whole())
+        if answer.request.n > 1:
+            raise HTTPException(422, "a streamed request has one answer")
+        events = answer.stream()
+        first = await anext(events)  # what is wrong with the request is known by then, and is no 200
+        return StreamingResponse(_after(first, events), media_type="text/event-stream")
+    except RequestRefused as error:
+        raise HTTPException(422, str(error)) from error
     except EngineDead as error:
         raise HTTPException(503, str(error)) from error
+
+
+async def _after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """All events, the last of them an error if the engine dies on the way: the client has its 200 already."""
+    yield first
+    try:
+        async for event in events:
+            yield event
+    except EngineDead as error:
+        yield _event({"error": {"message": str(error), "type": "server_error", "code": 503}})
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
 
 
 class _Answer:
@@ -149,13 +217,15 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         """All answers at once."""
         samples = await asyncio.gather(*(self._sample(number) for number in range(self.request.n)))
-        completion_tokens = sum(len(tokens) for _, tokens in samples)
-        usage = {
+        usage = self._usage(sum(len(tokens) for _, tokens in samples))
+        return {**self._head(self.kind), "choices": [choice for choice, _ in samples], "usage": usage}
+
+    def _usage(self, completion_tokens: int) -> dict[str, int]:
+        return {
             "prompt_tokens": len(self.ids),
             "completion_tokens": completion_tokens,
             "total_tokens": len(self.ids) + completion_tokens,
         }
-        return {**self._head(self.kind), "choices": [choice for choice, _ in samples], "usage": usage}
 
     async def _sample(self, number: int) -> tuple[dict[str, Any], list[int]]:
         tokens: list[int] = []
@@ -165,7 +235,7 @@ class _Answer:
             tokens += part.token_ids
             logprobs += part.logprobs
             finish = part.finish or finish
-        text = self._text(tokens)
+        text = self._growing_text().add(tokens, last=True)
         choice: dict[str, Any] = {"index": number, "finish_reason": finish}
         choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         if self.logprobs:
@@ -173,7 +243,7 @@ class _Answer:
         return choice, tokens
 
     def _told_logprobs(self, tokens: list[int], logprobs: list[float]) -> dict[str, Any]:
-        texts = [self._text([token], special=True) for token in tokens]
+        texts = [str(self.replica.tokenizer.decode([token])) for token in tokens]
         if self.chat:
             content = [{"token": t, "logprob": p, "top_logprobs": []} for t, p in zip(texts, logprobs, strict=True)]
             return {"content": content}
@@ -182,17 +252,17 @@ class _Answer:
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events: the text as it grows, then the reason of its end, then ``[DONE]``."""
         kind = "chat.completion.chunk" if self.chat else self.kind
-        tokens: list[int] = []
-        sent = 0
+        text, completion_tokens = self._growing_text(), 0
         async for part in self._parts(self.id):
-            tokens += part.token_ids
-            text = self._text(tokens)
-            # a character cut by the token boundary comes with its next token
-            new = "" if text.endswith("\ufffd") and part.finish is None else text[sent:]
-            sent += len(new)
+            completion_tokens += len(part.token_ids)
+            new = text.add(part.token_ids, last=part.finish is not None)
             choice: dict[str, Any] = {"index": 0, "finish_reason": part.finish}
             choice |= {"delta": {"role": "assistant", "content": new}} if self.chat else {"text": new}
-            yield f"data: {json.dumps({**self._head(kind), 'choices': [choice]})}\n\n"
+            if self.logprobs:
+                choice["logprobs"] = self._told_logprobs(part.token_ids, part.logprobs)
+            yield _event({**self._head(kind), "choices": [choice]})
+        if self.request.stream_options is not None and self.request.stream_options.include_usage:
+            yield _event({**self._head(kind), "choices": [], "usage": self._usage(completion_tokens)})
         yield "data: [DONE]\n\n"
 
     def _parts(self, request_id: str) -> AsyncIterator[Any]:
@@ -207,12 +277,9 @@ class _Answer:
             stop=request.stops,
         )
 
-    def _text(self, tokens: list[int], special: bool = False) -> str:
-        text = str(self.replica.tokenizer.decode(tokens, skip_special_tokens=not special))
-        if not special:
-            for stop in self.request.stops:
-                text = text.split(stop, 1)[0]
-        return text
+    def _growing_text(self) -> AnswerText:
+        decode = partial(self.replica.tokenizer.decode, skip_special_tokens=True)
+        return AnswerText(lambda tokens: str(decode(tokens)), self.request.stops)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.replica.config.run.name}

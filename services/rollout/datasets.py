@@ -72,21 +72,31 @@ SCHEMAS: dict[str, Schema] = {
 
 
 def field(row: Mapping[str, Any], path: str) -> str:
-    """The text at a path. Raises KeyError, naming the path, where there is none."""
+    """The text at a path, empty where it is null or NaN. Raises KeyError, naming the path, where there is none."""
     value: Any = row
     for part in path.split("."):
+        if value is None:
+            return ""
         try:
             value = value[int(part)] if part.isdigit() else value[part]
         except (KeyError, IndexError, TypeError) as error:
             raise KeyError(f"no {path!r}; the row has {sorted(row)}") from error
-    return str(value)
+    missing = value is None or value != value  # as Parquet and pandas write an absent value
+    return "" if missing else str(value)
 
 
 def to_prompt(row: Mapping[str, Any], schema: Schema) -> tuple[str, str]:
-    """(question, answer) of a row. Raises KeyError where one is missing, ValueError where one is empty."""
+    """(question, answer) of a row.
+
+    Raises:
+        KeyError: it has no such field.
+        ValueError: one of them is empty, or the mark is missing after which the answer stands.
+    """
     question, answer = field(row, schema.question), field(row, schema.answer)
-    if schema.answer_after is not None:
-        answer = answer.rsplit(schema.answer_after, 1)[-1]
+    if schema.answer_after is not None and answer:
+        _, mark, answer = answer.rpartition(schema.answer_after)
+        if not mark:
+            raise ValueError(f"an answer without {schema.answer_after!r}")
     if schema.question_prefix is not None:
         question = re.sub(r"\A" + schema.question_prefix, "", question, flags=re.DOTALL)
     if schema.question_suffix is not None:
@@ -136,7 +146,7 @@ def prompts(
         rows: of the data set.
         schema: where they keep what is needed.
         source: the data set's name.
-        left_out: gets a line for each row whose question or answer is empty: published sets have some.
+        left_out: gets a line for each row that has no question or no answer in its fields: published sets have some.
 
     Raises:
         ConfigError: a row has no such field; names its number.

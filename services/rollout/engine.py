@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from services.rollout.engine_stats import stat_logger
 from services.rollout.generation import (
@@ -17,6 +17,7 @@ from services.rollout.generation import (
     Generation,
     GenerationRequest,
     Part,
+    RequestRefused,
     VersionSpan,
     parse_label,
     version_label,
@@ -29,6 +30,7 @@ from singlestream.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.inputs import TokensInput
     from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -80,6 +82,13 @@ def engine_arguments(config: Config, seed: int) -> dict[str, Any]:
     return arguments
 
 
+FINISHES: dict[str | None, Literal["stop", "length", "aborted"]] = {
+    "stop": "stop",
+    "length": "length",
+    "abort": "aborted",
+}
+"""vLLM's reason → ours. Any other is a fault of the engine's, which must not count as an end of the episode."""
+
 DEATH_POLL_S = 1.0
 CLOSE_S = 1.0
 """The engine's processes hold nothing worth saving: what has not ended by then is killed."""
@@ -113,7 +122,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Start the engine's processes and load the model folder's weights. Raises `DeadlineExceeded`."""
-        from vllm import AsyncEngineArgs
+        from vllm import AsyncEngineArgs, envs
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -127,6 +136,8 @@ class VllmEngine:
             await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
             await llm.update_weight_version(version_label(*MODEL_FOLDER))
             await llm.collective_rpc("unlink_shared_memory")
+            await llm.get_supported_tasks()  # kept from here on: no request waits for it (`_prompt`)
+        envs.enable_envs_cache()  # vLLM asks for one with every token that it hands out
         gc.collect()
         gc.freeze()  # the modules and models loaded so far; a full collection over them holds every request up
         self._open.set()
@@ -134,14 +145,11 @@ class VllmEngine:
 
     async def generate(self, request_id: str, request: GenerationRequest) -> Generation:
         """Sample one turn; waits while weights are being swapped. See `generation.Engine`."""
-        from vllm import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if not self._open.is_set() and await self._aborted_at_gate(request_id):
             return Generation([], [], [], "aborted")
-        # old-policy prefixes must not be found by requests that start under newer weights
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids, cache_salt=version_label(*self.held))
-        final = None
+        final, prompt = None, self._prompt(request.prompt_ids)
         try:
             with self.metrics.generation_seconds.time():
                 async for output in self.llm.generate(prompt, self._sampling(request), request_id):
@@ -151,6 +159,17 @@ class VllmEngine:
         if final is None:
             raise EngineDead(f"replica {self.replica}: the engine ended request {request_id} without an output")
         return _generation(final.outputs[0])
+
+    def _prompt(self, token_ids: list[int]) -> TokensInput:
+        """A prompt as the engine's own renderer would make it, so that nothing is awaited before it is registered.
+
+        A request that waits for the renderer's thread is one that an abort does not find, and its salt may be that of
+        weights that are swapped meanwhile: old-policy prefixes must not be found by requests that start under newer
+        ones.
+        """
+        from vllm.inputs import tokens_input
+
+        return tokens_input(token_ids, cache_salt=version_label(*self.held))
 
     async def _aborted_at_gate(self, request_id: str) -> bool:
         """Wait until weights have been swapped; True if the request was aborted meanwhile."""
@@ -172,22 +191,28 @@ class VllmEngine:
         top_k: int,
         stop: tuple[str, ...],
     ) -> AsyncIterator[Part]:
-        """Sample for the HTTP interface, part by part. Ending the iteration early aborts. Raises `EngineDead`."""
-        from vllm import TokensPrompt
+        """Sample for the HTTP interface, part by part. Ending the iteration early aborts.
+
+        Raises:
+            RequestRefused: the engine does not take the request; before the first part.
+            EngineDead: it died.
+        """
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
         await self._open.wait()
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
-        params = self._sampling(GenerationRequest(prompt_ids, sampling, max_tokens, stop))
-        params.output_kind = RequestOutputKind.DELTA
-        prompt = TokensPrompt(prompt_token_ids=prompt_ids, cache_salt=version_label(*self.held))
         try:
-            async for output in self.llm.generate(prompt, params, request_id):
+            params = self._sampling(GenerationRequest(prompt_ids, sampling, max_tokens, stop))
+            params.output_kind = RequestOutputKind.DELTA
+            async for output in self.llm.generate(self._prompt(prompt_ids), params, request_id):
                 one = output.outputs[0]
                 tokens = list(one.token_ids)
                 logprobs = [step[token].logprob for step, token in zip(one.logprobs or [], tokens, strict=True)]
                 yield Part(tokens, logprobs, one.finish_reason)
+        except VLLMClientError as error:
+            raise RequestRefused(str(error)) from error
         except EngineDeadError as error:
             raise EngineDead(f"replica {self.replica}: the engine died: {error}") from error
 
@@ -293,8 +318,11 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine's processes."""
         if self._llm is not None:
+            from vllm import envs
+
             self._llm.shutdown(timeout=CLOSE_S)
             self._llm = None
+            envs.disable_envs_cache()
             gc.unfreeze()
             gc.collect()  # its destructor fails when it is left to the interpreter's end
 
@@ -309,10 +337,9 @@ def _generation(output: CompletionOutput) -> Generation:
             spans.append(VersionSpan(*parse_label(span.version), span.start, span.end))
     if token_ids and (not spans or spans[0].start != 0 or spans[-1].end != len(token_ids)):
         raise EngineDead("the engine reported tokens without the policy version that sampled them")
-    finish = output.finish_reason
-    if finish not in ("stop", "length"):
-        return Generation(token_ids, logprobs, spans, "aborted")
-    return Generation(token_ids, logprobs, spans, "stop" if finish == "stop" else "length")
+    if output.finish_reason not in FINISHES:
+        raise EngineDead(f"the engine ended a request with {output.finish_reason!r}")
+    return Generation(token_ids, logprobs, spans, FINISHES[output.finish_reason])
 
 
 class _deadline:

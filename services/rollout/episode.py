@@ -62,6 +62,7 @@ class Finished:
             answer=self.lease.answer,
             text=text,
             last_turn=text if last_turn == tokens else self.decode(last_turn),
+            source=self.lease.source,
         )
 
 

@@ -13,6 +13,10 @@ class EngineDead(SinglestreamError):
     """The engine's process is gone, hung, or holds half-loaded weights: this replica must exit and be replaced."""
 
 
+class RequestRefused(SinglestreamError):
+    """The engine cannot do what a request asks for, such as a token that the model does not have."""
+
+
 @dataclass(frozen=True)
 class VersionSpan:
     """Tokens ``[start, end)`` of a generation were sampled by policy (version, lineage)."""

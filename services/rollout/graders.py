@@ -6,12 +6,12 @@ strings, so that ``1/2`` is not ``\frac{1}{2}`` and ``023`` is not ``23``.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from services.rollout.grader_threads import in_time, shared_threads
 from singlestream.errors import ConfigError
 
 BOX = "\\boxed{"
@@ -28,17 +28,17 @@ class Response:
         answer: the ground truth.
         text: everything after the prompt, observations included, without special tokens.
         last_turn: what the model itself wrote last.
+        source: data set that the prompt came from.
     """
 
     question: str
     answer: str
     text: str
     last_turn: str
+    source: str = "default"
 
 
 Grader = Callable[[Response], float | Awaitable[float]]
-GRADER_TIMEOUT_S = 60.0
-"""A grader that takes longer fails its trajectory."""
 
 
 def last_boxed(text: str) -> str | None:
@@ -104,19 +104,22 @@ GRADERS: dict[str, Grader] = {
 async def apply_grader(grader: Grader, response: Response) -> float:
     """Call a grader without holding up the event loop.
 
-    The rules of this module take microseconds and are called at once; a user's function gets a thread, unless it is
-    asynchronous.
+    The rules of this module take microseconds, or keep a deadline of their own, and are called at once; a user's
+    function gets a thread, unless it is asynchronous.
 
     Raises:
-        TimeoutError: it took longer than `GRADER_TIMEOUT_S`.
+        DeadlineExceeded: a user's took longer than `grader_threads.TIMEOUT_S`.
+        GradersHang: likewise, and so many hang that the process must be replaced.
         Exception: whatever the grader raises.
     """
-    async with asyncio.timeout(GRADER_TIMEOUT_S):
-        if grader in GRADERS.values() or inspect.iscoroutinefunction(grader):
-            reward = grader(response)
-        else:
-            reward = await asyncio.to_thread(grader, response)
-        return float(await reward if inspect.isawaitable(reward) else reward)
+    threads, ours = shared_threads(), grader in GRADERS.values()
+    if ours or inspect.iscoroutinefunction(grader):
+        reward = grader(response)
+    else:
+        reward = await threads.call(grader, response)
+    if inspect.isawaitable(reward):
+        reward = await (reward if ours else in_time(reward, grader, threads.timeout_s))
+    return float(reward)
 
 
 def load_grader(name: str) -> Grader:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from services.rollout.environments import Environment
 from services.rollout.episode import Episode, Finished, NothingSampled, PromptTooLong, ToolRunner
 from services.rollout.generation import Engine, EngineDead
+from services.rollout.grader_threads import GradersHang
 from services.rollout.graders import last_boxed
 from services.rollout.metrics import Metrics
 from services.rollout.pin_watch import PinWatch
@@ -21,7 +22,7 @@ from singlestream.config import RolloutConfig
 from singlestream.contracts import FailReason, Progress, Trajectory
 from singlestream.contracts.trajectory import MAX_ANSWER_CHARS
 from singlestream.errors import DeadlineExceeded, SandboxError
-from singlestream.streams import Held, LeaseConsumer, persist
+from singlestream.streams import Held, LeaseConsumer, begun_later, persist
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -36,14 +37,24 @@ class BadReward(Exception):
     """A grader returned something outside [0, 1]; lands in a dead letter under this name."""
 
 
+async def reward_of(environment: Environment, finished: Finished) -> float:
+    """The reward, in [0, 1]. Raises `BadReward` for any other, and whatever the grader raises."""
+    reward = await environment.grade(finished.response)
+    if not 0.0 <= reward <= 1.0:
+        raise BadReward(f"{environment.name} returned {reward}; a reward is finite and in [0, 1]")
+    return reward
+
+
 @dataclass
 class Running:
     """An episode in a slot, and, once it is ``sampled``, beside the slots until it is graded and emitted.
 
-    Once it is ``ending``, its lease may be gone because of what it does itself.
+    Once it is ``ending``, its lease may be gone because of what it does itself. What an episode had ``reached`` when
+    its engine died is kept.
     """
 
     held: Held
+    reached: Progress | None = None
     sampled: bool = False
     ending: bool = False
     interrupt: asyncio.Event = field(default_factory=asyncio.Event)
@@ -97,7 +108,8 @@ class LeaseRunner:
         """Run one lease to its end, whatever that is.
 
         Raises:
-            EngineDead: the lease has been put back; the replica must end.
+            EngineDead: the lease has been put back, if Redis was there; the replica must end.
+            GradersHang: the lease has failed; likewise.
             DeadlineExceeded: Redis stayed away, and the lease with it; others claim it after its time-out.
         """
         number = running.held.lease.lease_id
@@ -106,11 +118,18 @@ class LeaseRunner:
         except EngineDead as error:
             log.error("lease %s: %s", number, error)
             self.stopping.set()  # first, or this replica takes the lease again
-            await self._put_back(running, running.held.lease.progress, "engine", count_attempt=True)
+            try:
+                await self._put_back(running, running.reached or running.held.progress, "engine", count_attempt=True)
+            except DeadlineExceeded as away:  # Redis is away as well: the engine's death is what ends the replica
+                log.error("lease %s stays with Redis until its time-out: %s", number, away)
+            raise
+        except GradersHang as error:
+            log.error("%s", error)
+            self.stopping.set()
             raise
         except DeadlineExceeded as error:
             log.error("lease %s: %s", number, error)
-            await self._put_back(running, running.held.lease.progress, "deadline", count_attempt=True)
+            await self._put_back(running, running.held.progress, "deadline", count_attempt=True)
         except Exception:  # the boundary of one lease: whatever else goes wrong is that lease's end
             log.exception("lease %s failed", number)
             await self._fail(running, "malformed", traceback.format_exc())
@@ -118,27 +137,28 @@ class LeaseRunner:
     async def _run(self, running: Running) -> None:
         lease = running.held.lease
         if self.stopping.is_set():  # the last take brought it, perhaps what a dead engine has just given back
-            await self._put_back(running, lease.progress, "stop", count_attempt=False)
+            await self._put_back(running, running.held.progress, "stop", count_attempt=False)
             return
         try:
             environment = self.environment_of(lease.environment)
         except Exception as error:  # an unknown name, or a user's module that does not import
             await self._fail(running, "malformed", f"environment {lease.environment!r}: {error!r}")
             return
-        if lease.attempts and environment.stop and not await self.tools_healthy():
+        if lease.attempts and environment.uses_sandbox and not await self.tools_healthy():
             # one outage must not use up a lease's attempts, one replica after the other
             self.tools_down = True
-            await self._put_back(running, lease.progress, "tool", count_attempt=False)
+            await self._put_back(running, running.held.progress, "tool", count_attempt=False)
             return
         if not await self._policy_is_there(running):
             return
+        lease = lease.model_copy(update={"progress": running.held.progress}) if lease.progress else lease
         episode = Episode(lease, environment, self.engine, self.tools_of(), self.settings, self.name, running.interrupt)
         try:
             outcome = await episode.run()
         except SandboxError as error:
             await self._tool_unavailable(running, episode.progress, error)
         except EngineDead:
-            running.held = Held(lease.model_copy(update={"progress": episode.progress}), running.held.entry)
+            running.reached = episode.progress
             raise
         except PromptTooLong as error:
             await self._fail(running, "malformed", str(error))
@@ -171,7 +191,7 @@ class LeaseRunner:
             if self.pins.pin is None or self.pins.pin.job != lease.job:
                 await self._fail(running, "cancelled", f"job {lease.job} is no longer under way")
             else:
-                await self._put_back(running, lease.progress, "pin", count_attempt=False)
+                await self._put_back(running, running.held.progress, "pin", count_attempt=False)
             return False
         if lease.pinned:
             return True
@@ -187,16 +207,16 @@ class LeaseRunner:
                 return True
         except WeightsHeld:
             cause = "pin"
-        await self._put_back(running, lease.progress, cause, count_attempt=False)
+        await self._put_back(running, running.held.progress, cause, count_attempt=False)
         return False
 
     async def _grade(self, running: Running, environment: Environment, finished: Finished) -> None:
         try:
-            reward = await environment.grade(finished.response)
-            if not 0.0 <= reward <= 1.0:
-                raise BadReward(f"{environment.name} returned {reward}; a reward is finite and in [0, 1]")
-        except Exception:  # a grader is the user's code: its fault is this trajectory's, and no one else's
+            reward = await reward_of(environment, finished)
+        except Exception as error:  # a grader is the user's code: its fault is this trajectory's, and no one else's
             await self._fail(running, "grader_error", traceback.format_exc())
+            if isinstance(error, GradersHang):
+                raise
             return
         trajectory = make_trajectory(finished, reward)
         emitted = await self.persist(lambda: self.consumer.emit(running.held, trajectory), "emitting a trajectory")
@@ -221,8 +241,10 @@ class LeaseRunner:
             return
         if progress is not None and len(progress.segments) < 2:
             progress = None
+        asked_s = time.time()
         moved = await self.persist(
-            lambda: self.consumer.hand_over(held, progress, count_attempt), "handing a lease over"
+            lambda: self.consumer.hand_over(held, begun_later(progress, time.time() - asked_s), count_attempt),
+            "handing a lease over",
         )
         if moved:
             self.metrics.handed_over.labels(cause).inc()

@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +122,9 @@ async def _kill(process: asyncio.subprocess.Process | None) -> None:
         await process.wait()
 
 
-_pools: dict[int, MathPool] = {}
+_pools: WeakKeyDictionary[asyncio.AbstractEventLoop, MathPool] = WeakKeyDictionary()
 
 
 def shared_pool() -> MathPool:
     """The pool of the running event loop; its processes end with this one, whose end closes their input."""
-    return _pools.setdefault(id(asyncio.get_running_loop()), MathPool())
+    return _pools.setdefault(asyncio.get_running_loop(), MathPool())

@@ -38,7 +38,7 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits_total", "Prompt tokens found there")
         self.turns = self._histogram("turns", "Model turns of an episode", SMALL)
         self.versions = self._histogram("policy_versions_per_trajectory", "Policies that sampled it", SMALL)
-        self.episode_seconds = self._histogram("episode_seconds", "First attempt to grade", SECONDS)
+        self.episode_seconds = self._histogram("episode_seconds", "Taken to graded, less its lease's waits", SECONDS)
         self.slots = self._gauge("slots", "Episodes that may run at a time")
         self.in_use = self._gauge("slots_in_use", "Episodes that run")
         self.version = self._gauge("policy_version", "Version of the loaded weights")

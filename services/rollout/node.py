@@ -59,14 +59,22 @@ async def handed_over(redis: Redis, keys: Keys, node: str, deadline_s: float) ->
                 pipe.expire(keys.draining, MARK_S)
                 pipe.hgetall(keys.replicas)
                 reports = (await pipe.execute())[-1]
-            told = [json.loads(report) for report in reports.values()]
         except LOST as error:
             log.warning("node %s drains, and Redis is away or refuses: %s", node, error)
         else:
-            if not [one for one in told if one.get("node") == node and time.time() - one["at_s"] < SILENT_S]:
+            if not any(_lives_on(node, report) for report in reports.values()):
                 return True
         await asyncio.sleep(POLL_S)
     return False
+
+
+def _lives_on(node: str, report: bytes) -> bool:
+    """Whether a replica of the node has reported lately; a report that cannot be read is none."""
+    try:
+        told = json.loads(report)
+        return bool(told["node"] == node and time.time() - float(told["at_s"]) < SILENT_S)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _environment(node: str) -> dict[str, str]:

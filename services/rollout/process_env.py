@@ -1,7 +1,8 @@
-"""Environment variables of the engine's processes. Set before vLLM or Ray is imported; what the user has set stays.
+"""What the service's processes need of their surroundings: a guarded address, and the engine's environment variables.
 
-Sources: on CPU, dynamo compiles for half a minute at the first request for log-probabilities; several engines on one
-machine fight for the same cores when each binds its threads.
+The variables are set before vLLM or Ray is imported; what the user has set stays. Sources: on CPU, dynamo compiles for
+half a minute at the first request for log-probabilities; several engines on one machine fight for the same cores when
+each binds its threads.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import os
 import socket
 from pathlib import Path
 
-from singlestream.config import Config
+from singlestream.config import LOOPBACK, Config
+from singlestream.errors import ConfigError
 
 OWNER_VARIABLE = "SINGLESTREAM_ROLLOUT_OWNER"
 """Process id of the replica; the engine's processes end when it does."""
@@ -25,6 +27,13 @@ NODE_VARIABLE = "SINGLESTREAM_NODE"
 def node_name() -> str:
     """Where this process runs, as a drain mark names it: `NODE_VARIABLE`, or the host's name."""
     return os.environ.get(NODE_VARIABLE) or socket.gethostname()
+
+
+def guarded(config: Config) -> Config:
+    """The same settings. Raises `ConfigError` if the interface were open to other machines without a token."""
+    if config.rollout.host not in LOOPBACK and config.rollout.token is None:
+        raise ConfigError(f"rollout.host = {config.rollout.host!r} is not loopback: set rollout.token")
+    return config
 
 
 def has_gpu() -> bool:

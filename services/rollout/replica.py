@@ -17,7 +17,7 @@ from services.rollout.engine import VllmEngine
 from services.rollout.environments import Environment, make_environment
 from services.rollout.episode import Episode, Finished
 from services.rollout.generation import EngineDead
-from services.rollout.lease_run import LeaseRunner
+from services.rollout.lease_run import LeaseRunner, reward_of
 from services.rollout.manifest import model_tensors
 from services.rollout.metrics import Metrics
 from services.rollout.process_env import node_name
@@ -118,9 +118,9 @@ class Replica:
         return SandboxTools(self.sandbox, self.config.rollout, self.metrics)
 
     async def tools_healthy(self) -> bool:
-        """Whether the sandbox gateway says that it is well."""
+        """Whether the sandbox gateway takes requests: one whose jails are all down lives, and runs nothing."""
         try:
-            reply = await self._probe.get("/healthz")
+            reply = await self._probe.get("/readyz")
         except httpx.HTTPError:
             return False
         return reply.status_code == 200
@@ -207,7 +207,9 @@ class Replica:
         if self._started:
             await self.engine.check_health()
 
-    async def run_episode(self, question: str, answer: str, environment: str, sampling: Sampling) -> dict[str, Any]:
+    async def run_episode(
+        self, question: str, answer: str, source: str, environment: str, sampling: Sampling
+    ) -> dict[str, Any]:
         """Run one episode outside of any lease and tell everything about it.
 
         Returns:
@@ -220,12 +222,14 @@ class Replica:
             NothingSampled: the wall time passed before the first token.
             SandboxError: the sandbox failed.
             EngineDead: the engine failed.
+            Exception: whatever the environment and its grader raise, and `BadReward`.
         """
         lease = Lease(
             lease_id=f"evaluate:{uuid.uuid4().hex[:8]}:1",
             prompt_id="http",
             question=question,
             answer=answer,
+            source=source,
             environment=environment,
             v_hat=0.5,
             version=0,
@@ -238,7 +242,7 @@ class Replica:
         assert isinstance(finished, Finished)  # noqa: S101  nothing interrupts it
         return {
             "replica": self.name,
-            "reward": await chosen.grade(finished.response),
+            "reward": await reward_of(chosen, finished),
             "end_reason": finished.end_reason,
             "turns": finished.turns,
             "tool_calls": [call.model_dump() for call in finished.tool_calls],

@@ -23,10 +23,11 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from services.rollout.api import create_app
-from services.rollout.process_env import apply_engine_variables, has_gpu
+from services.rollout.process_env import apply_engine_variables, guarded, has_gpu
 from services.rollout.ray_start import patiently
 from services.rollout.scaling import OBJECT_STORE_BYTES, SLOT_RESOURCE
 from singlestream.config import Config, load_config
+from singlestream.errors import DeadlineExceeded
 from singlestream.streams import Keys
 from singlestream.telemetry import setup_logging
 
@@ -156,17 +157,26 @@ def application(config: Config) -> Any:
 
 
 def from_environment(arguments: dict[str, str]) -> Any:
-    """The application of a RayService (``import_path``): the run that ``SINGLESTREAM_CONFIG`` of the head names."""
-    return application(load_config())
+    """The application of a RayService (``import_path``): the run that ``SINGLESTREAM_CONFIG`` of the head names.
+
+    Raises `ConfigError` for an address that others reach without a token.
+    """
+    return application(guarded(load_config()))
 
 
 def _resources(config: Config) -> dict[str, float]:
-    """What the cluster has. A cluster that is only just starting has nodes with slots soon: the first is waited for."""
-    deadline = time.monotonic() + (0.0 if config.rollout.ray_address is None else config.rollout.engine_start_timeout_s)
+    """What the cluster has. Nodes join one that is only just starting: the first with a slot is waited for.
+
+    Raises `DeadlineExceeded` where none comes: elsewhere a replica would find neither model nor weights.
+    """
+    started = time.monotonic()
     while not (resources := dict(ray.cluster_resources())).get(SLOT_RESOURCE):
-        if time.monotonic() > deadline:
-            log.warning("no node of the cluster names the resource %s", SLOT_RESOURCE)
+        waited_s = time.monotonic() - started
+        if config.rollout.ray_address is None:
+            log.warning("this machine has no room for a replica: no %s", SLOT_RESOURCE)
             break
+        if waited_s > config.rollout.engine_start_timeout_s:
+            raise DeadlineExceeded(f"a node of the cluster with the resource {SLOT_RESOURCE}", waited_s)
         time.sleep(POLL_S)
     return resources
 

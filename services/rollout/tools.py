@@ -8,10 +8,10 @@ from typing import Protocol
 from services.rollout.episode import ToolBudgetSpent, ToolRunner
 from services.rollout.metrics import Metrics
 from services.rollout.observations import truncate
-from singlestream.clients.sandbox import SandboxRefused, observation
+from singlestream.clients.sandbox import observation
 from singlestream.config import RolloutConfig
 from singlestream.contracts import ToolCall
-from singlestream.contracts.sandbox import ExecuteRequest, ExecuteResult
+from singlestream.contracts.sandbox import MAX_CODE_BYTES, ExecuteRequest, ExecuteResult
 from singlestream.errors import SandboxError
 
 DEADLINE_FACTOR, DEADLINE_EXTRA_S = 2.0, 40.0
@@ -57,11 +57,13 @@ class SandboxTools(ToolRunner):
         return truncate(text, self.limits.max_observation_chars, self.limits.truncate)
 
     async def _execute(self, code: str) -> tuple[str, str]:
-        """(status, text). Code that the gateway refuses, for its length, is the model's doing and told to it."""
+        """(status, text). Code that is too long is the model's doing and told to it; all refusals are faults.
+
+        A wrong address, or a gateway with tighter settings, refuses whatever the model wrote: no evidence about it.
+        """
+        if (size := len(code.encode())) > MAX_CODE_BYTES:
+            return "error", f"Error: code has {size} bytes, the limit is {MAX_CODE_BYTES}"
         timeout_s = self.limits.tool_timeout_s
         request = ExecuteRequest(code=code, timeout_s=timeout_s, cpu_s=timeout_s)
-        try:
-            result = await self.sandbox.execute(request, deadline_s=DEADLINE_FACTOR * timeout_s + DEADLINE_EXTRA_S)
-        except SandboxRefused as refused:
-            return "error", f"Error: {refused.detail}"
+        result = await self.sandbox.execute(request, deadline_s=DEADLINE_FACTOR * timeout_s + DEADLINE_EXTRA_S)
         return result.status, observation(result)

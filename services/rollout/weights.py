@@ -62,6 +62,12 @@ def newest_of(entries: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> tuple[str,
     return entries[-1][0].decode(), newest, max(0, len(readable) - 1)
 
 
+def _before(entry: str) -> str:
+    """The greatest number that is less than an entry's."""
+    ms, _, number = entry.partition("-")
+    return f"{ms}-{int(number) - 1}" if int(number) else f"{int(ms) - 1}-{2**64 - 1}"
+
+
 class WeightKeeper:
     """Watches the version stream and loads what is newer.
 
@@ -122,7 +128,6 @@ class WeightKeeper:
         """Load nothing from here on, or follow the newest version again. A load under way still ends."""
         async with self._changed:
             self.holding = holding
-            self._cursor = None
             self._changed.notify_all()
 
     @property
@@ -156,15 +161,14 @@ class WeightKeeper:
                 await self._look_again(error, stop)
 
     async def _look_again(self, error: Exception, stop: asyncio.Event) -> None:
-        """After an error start from the newest entry, a moment later."""
+        """Tell of an error, and pause."""
         self.last_error = str(error)
-        self._cursor = None
         log.warning("weights: %s; looking again in %.0f s", error, RETRY_S)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), RETRY_S)
 
     async def _read(self) -> Sequence[tuple[bytes, dict[bytes, bytes]]]:
-        """The newest entry at first and after an error; then what came since."""
+        """The newest entry at first and to load it again; then what has come since the last that was dealt with."""
         if self._cursor is None:
             entries: Sequence[tuple[bytes, dict[bytes, bytes]]] = await self.redis.xrevrange(
                 self.keys.policy_versions, count=1
@@ -180,9 +184,10 @@ class WeightKeeper:
             return  # since these were read; they are read again afterwards
         cursor, newest, passed_over = newest_of(entries)
         self.metrics.skipped.inc(passed_over)
+        self._cursor = _before(cursor)  # after an error the last is read again, and what has come since
         again = self._again and newest is not None and (newest.version, newest.lineage) == self.held
+        self._again = False
         if newest is not None and (again or newest.newer_than(self.held)):
-            self._again = False
             self._loading = True
             try:
                 await self._load(newest)
@@ -192,8 +197,7 @@ class WeightKeeper:
             async with self._changed:
                 self.published = True
                 self._changed.notify_all()
-        if not self.holding:
-            self._cursor = cursor
+        self._cursor = None if self._again else cursor  # asked to load it again meanwhile
 
     async def _load(self, version: PolicyVersion) -> None:
         """Check a version and swap it in.

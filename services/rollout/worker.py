@@ -18,6 +18,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from services.rollout.generation import EngineDead
+from services.rollout.grader_threads import GradersHang
 from services.rollout.lease_run import LeaseRunner, Running, unless
 from singlestream.contracts import Purpose
 from singlestream.streams import LOST, Held
@@ -50,7 +51,7 @@ class RolloutWorker:
         self._heeding = asyncio.Lock()
         self._stop, self._over = runner.stopping, asyncio.Event()
         """The stop is asked for; every episode has ended or been handed over."""
-        self._dead: EngineDead | None = None
+        self._dead: EngineDead | GradersHang | None = None
         self._beat_at_s, self._silent_at_s = time.monotonic(), -math.inf
         """When the leases were last kept alive, and when Redis was last away or this process stood still."""
         self.metrics.in_use.set_function(lambda: self._in_use)
@@ -60,6 +61,7 @@ class RolloutWorker:
 
         Raises:
             EngineDead: the engine is gone; the leases have been handed over, and the process must exit.
+            GradersHang: likewise, for the threads that users' graders hold.
         """
         self.metrics.slots.set(self.settings.slots)
         self._beat_at_s = time.monotonic()
@@ -187,7 +189,7 @@ class RolloutWorker:
         number = running.held.lease.lease_id
         try:
             await self.runner.run(running)
-        except EngineDead as error:
+        except (EngineDead, GradersHang) as error:
             self._dead = self._dead or error
         except asyncio.CancelledError:
             if not running.lost:

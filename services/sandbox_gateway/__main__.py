@@ -21,7 +21,8 @@ def main() -> int:
     """Start the gateway.
 
     Returns:
-        Exit code: 0 after SIGTERM, 78 (EX_CONFIG) where the host or the settings must be mended first.
+        Exit code: 0 after SIGTERM, 78 (EX_CONFIG) where the host or the settings must be mended first, 75 (EX_TEMPFAIL)
+        where another start may do better.
     """
     parser = argparse.ArgumentParser(
         prog="python -m services.sandbox_gateway", description="Runs model-written Python in jails."
@@ -44,9 +45,8 @@ def main() -> int:
 
 def _serve(config: SandboxGatewayConfig, path: Path | None) -> int:
     # Imported here, so that as little as possible runs as root.
-    from services.sandbox_gateway.pool import IsolationUnavailable
+    from services.sandbox_gateway.faults import IsolationUnavailable, SandboxFault
     from services.sandbox_gateway.server import serve
-    from services.sandbox_gateway.view import ViewError
 
     factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with contextlib.suppress(ImportError):  # not on every platform; asyncio's own loop does the same, slower
@@ -56,9 +56,12 @@ def _serve(config: SandboxGatewayConfig, path: Path | None) -> int:
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(serve(config, path))
-    except (IsolationUnavailable, ViewError) as error:
+    except IsolationUnavailable as error:
         logging.error("refusing to start: %s", error)
         return os.EX_CONFIG
+    except SandboxFault as error:
+        logging.error("ending, to be started again: %s", error)
+        return os.EX_TEMPFAIL
     except OSError as error:
         logging.error("%s", error)
         return os.EX_OSERR

@@ -1,8 +1,9 @@
 """Who runs now, who waits, who is refused: a pure state machine without clock, tasks or clients.
 
 Fair by order of arrival. A request that asks for more memory than one slot's share takes several slots, so that all
-running requests together never exceed the memory that was checked at start. The head of the queue is never overtaken by
-a smaller request, so a large one cannot starve.
+running requests together map no more than the memory that was checked at start. What they keep in ``/tmp``, 32 MiB each
+at most, comes out of that check's reserve; should many fill theirs at once, the kernel kills a run, not the gateway.
+The head of the queue is never overtaken by a smaller request, so a large one cannot starve.
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ log = logging.getLogger("singlestream.sandbox")
 MAX_BODY_BYTES = 6 * (MAX_CODE_BYTES + MAX_STDIN_BYTES) + 65_536
 """JSON spends at most six bytes on a byte of text."""
 
+BODY_DEADLINE_S = 30.0
+"""A caller on the same network sends the largest body in a second; one that stalls would hold it in memory for ever."""
+
 _REQUEST_EXAMPLES = {
     "print": {"summary": "A program", "value": {"code": "print(6 * 7)", "timeout_s": 5}},
     "expression": {
@@ -29,6 +32,7 @@ _REQUEST_EXAMPLES = {
     },
 }
 _PROBLEMS = {
+    408: "`request_timeout`: the body did not arrive in time. Retry.",
     413: "`too_large`: code over 256 KiB or stdin over 1 MiB. Do not retry.",
     422: "`invalid_request`: the body does not keep its contract. Do not retry.",
     429: "`overloaded`: the queue is full. Retry after `Retry-After` seconds.",
@@ -143,10 +147,14 @@ async def _read_body(request: Request) -> bytes:
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
+    try:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError:
+        raise Problem(408, "request_timeout", f"the body was not here after {BODY_DEADLINE_S:.0f} s") from None
     return bytes(body)
 
 

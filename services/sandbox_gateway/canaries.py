@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
+import signal
 import socket
 from dataclasses import dataclass
 from textwrap import dedent
 
 from services.sandbox_gateway.execution import Execution
-from services.sandbox_gateway.jail import SandboxFault
+from services.sandbox_gateway.faults import SandboxFault
 from services.sandbox_gateway.zygote_process import ZygoteProcess
-from singlestream.contracts.sandbox import ExecuteRequest, ExecuteResult, RunStatus
+from singlestream.contracts.sandbox import MAX_CPU_S, MAX_MEMORY_MB, ExecuteRequest, ExecuteResult, RunStatus
 
 _MEMORY_MB = 64
 _HELD = "held\n"
@@ -85,6 +86,8 @@ class Canary:
     status: RunStatus = "ok"
     timeout_s: float = 20.0
     """Generous: a canary must not fail because the machine is busy."""
+    memory_mb: int = _MEMORY_MB
+    cpu_s: float = 10.0
 
 
 def _attempts(*attempts: str, setup: str = "") -> str:
@@ -118,6 +121,7 @@ def canaries(listener_port: int, secret_path: str) -> tuple[Canary, ...]:
         "assert libc.unshare(0x10000000) == 0",
         "assert libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None) == 0",
         "assert libc.ptrace(0, 0, 0, 0) == 0",
+        "assert libc.prctl(4, 1, 0, 0, 0) == 0 or libc.prctl(3, 0, 0, 0, 0) != 0  # dumped by the host's handler",
         "os.setuid(0)",
         "os.chroot('/tmp')",
     )
@@ -130,6 +134,7 @@ def canaries(listener_port: int, secret_path: str) -> tuple[Canary, ...]:
         Canary("privileges", _attempts(*privileges, setup=_NATIVE)),
         Canary("memory", f"bytearray({2 * _MEMORY_MB} << 20)", "", "memory_limit"),
         Canary("threads", _THREADS),
+        Canary("largest", "print('held')", memory_mb=MAX_MEMORY_MB, cpu_s=MAX_CPU_S),
         Canary("alone", "import os\nprint('held' if os.getpid() == 2 and not os.listdir('/tmp') else 'not alone')"),
         Canary("kill", _IGNORE_EVERYTHING, "", "timeout", timeout_s=0.1),
         Canary("text", "print('ä' * 3)", "äää\n"),
@@ -147,7 +152,7 @@ async def failing_canaries(zygote: ZygoteProcess, secret_path: str) -> list[str]
         One line for each canary that came out wrong; empty if the isolation holds.
 
     Raises:
-        SandboxFault: a run had no outcome.
+        SandboxFault: a run had no outcome, or none that tells of the isolation.
     """
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         chosen = canaries(listener.getsockname()[1], secret_path)
@@ -161,14 +166,20 @@ async def failing_canaries(zygote: ZygoteProcess, secret_path: str) -> list[str]
 
 
 async def _run(zygote: ZygoteProcess, canary: Canary) -> ExecuteResult:
-    request = ExecuteRequest(code=canary.code, timeout_s=canary.timeout_s)
-    try:
-        result = await Execution(zygote, request, _MEMORY_MB, "").run()
-        if result.status == "timeout" != canary.status:  # tells of a busy machine, not of its isolation
-            result = await Execution(zygote, request, _MEMORY_MB, "").run()
-    except SandboxFault as fault:
-        raise SandboxFault(f"canary {canary.name}: {fault}") from fault
-    return result
+    request = ExecuteRequest(code=canary.code, timeout_s=canary.timeout_s, cpu_s=canary.cpu_s)
+    for _ in range(2):
+        try:
+            result = await Execution(zygote, request, canary.memory_mb, "").run()
+        except SandboxFault as fault:
+            raise type(fault)(f"canary {canary.name}: {fault}") from fault
+        if not _unlucky(canary, result):
+            return result
+    raise SandboxFault(f"canary {canary.name}: twice {result.status} by signal {result.signal}")
+
+
+def _unlucky(canary: Canary, result: ExecuteResult) -> bool:
+    """Whether an outcome tells of a busy machine, or of one short of memory, and not of its isolation."""
+    return result.status != canary.status and (result.status == "timeout" or result.signal == signal.SIGKILL)
 
 
 def _judge(canary: Canary, result: ExecuteResult) -> str | None:

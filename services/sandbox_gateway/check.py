@@ -14,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.sandbox_gateway import host
+from services.sandbox_gateway.faults import IsolationUnavailable, SandboxFault
 from services.sandbox_gateway.metrics import Metrics
 from services.sandbox_gateway.policy import policy_version
-from services.sandbox_gateway.pool import IsolationUnavailable
 from services.sandbox_gateway.privileges import CannotDrop, become_unprivileged, needed_paths
 from services.sandbox_gateway.server import make_pool, resolve_slots
 from services.sandbox_gateway.settings import config_file, load_settings
-from services.sandbox_gateway.view import ViewError
 from singlestream.config import SandboxGatewayConfig
 from singlestream.errors import ConfigError
 
@@ -58,7 +57,7 @@ async def _check_zygotes(config: SandboxGatewayConfig, secret_path: Path | None,
             await pool.start(every_kind=True)
         finally:
             await pool.stop()
-    except (IsolationUnavailable, ViewError) as error:
+    except SandboxFault as error:
         say(f"FAIL isolation: {error}")
         return False
     kinds = ", ".join(tier.name for tier in pool.tiers)

@@ -7,8 +7,9 @@ import math
 import os
 import time
 
+from services.sandbox_gateway.faults import SandboxFault
 from services.sandbox_gateway.inside.messages import Program, Reply
-from services.sandbox_gateway.jail import Jail, SandboxFault
+from services.sandbox_gateway.jail import Jail
 from services.sandbox_gateway.output import KILL_BYTES, HeadTail
 from services.sandbox_gateway.verdict import Ending, KillReason, judge
 from services.sandbox_gateway.zygote_process import ZygoteProcess

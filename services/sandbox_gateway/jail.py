@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from services.sandbox_gateway.descriptors import Descriptors, sealed_memory, shared_page
+from services.sandbox_gateway.faults import SandboxFault, fault_of
 from services.sandbox_gateway.inside.messages import LOCKED, REPORT_BYTES, Order, Program, Reply, read_report
 
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ LONG_RUN_NICE = 15
 """Of runs that are no longer short; the lock-down starts them at 5, the gateway and the zygotes are at 0."""
 
 _run_ids = itertools.count(1)
-
-
-class SandboxFault(Exception):
-    """The sandbox itself failed, and with it a run or a start; the text says how."""
 
 
 class Jail:
@@ -88,8 +85,8 @@ class Jail:
             zygote.kill()
             raise SandboxFault(f"a run was not locked down within {LOCK_DEADLINE_S:.0f} s") from None
         zygote.kill()
-        why = read_report(self.report()).get("setup", "it ended before it could say why")
-        raise SandboxFault(f"the run could not be locked down: {why}")
+        why = str(read_report(self.report()).get("setup", ""))
+        raise fault_of("the run could not be locked down", why)
 
     @property
     def usable(self) -> bool:

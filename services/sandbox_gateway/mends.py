@@ -15,6 +15,7 @@ MENDS = (
     ("Failed to make / slave", "AppArmor forbids mounts: run the container with --security-opt apparmor=unconfined"),
     ("setting up uid map", _APPARMOR),
     ("loopback: Failed", _APPARMOR),
+    ("largest: expected", "raise the gateway's hard limits: ulimit -Ht unlimited -Hv unlimited"),
     ("threads: expected", "thread limits need Linux 5.14 or newer, where they are counted per user namespace"),
     ("No module named", "install that module in the sandbox's Python, or take it off sandbox_gateway.preload"),
     ("starts threads", "take that module off sandbox_gateway.preload: runs can still import it"),

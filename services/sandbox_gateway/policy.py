@@ -33,9 +33,9 @@ sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priori
 set_robust_list get_robust_list rseq futex exit exit_group wait4 waitid
 sendto recvfrom shutdown getsockopt getsockname getpeername
 """.split()  # noqa: SIM905  a table reads better than a hundred quoted words
-"""Allowed with any argument. Signals reach only the run itself: it is alone in its pid namespace and session. sendto
-and recvfrom serve the socket pair of an asyncio loop; sendmsg is missing, as it can park descriptors in flight beyond
-RLIMIT_NOFILE, and setsockopt, as it loads BPF programs.
+"""Allowed with any argument. Signals reach only the run itself: it is alone in its pid namespace and process group.
+sendto and recvfrom serve the socket pair of an asyncio loop; sendmsg is missing, as it can park descriptors in flight
+beyond RLIMIT_NOFILE, and setsockopt, as it loads BPF programs.
 """
 
 PRETENDED = ("fsync", "fdatasync", "msync")
@@ -62,10 +62,15 @@ CLONE_NEW_ANYTHING = 0x7E020080
 
 FCNTL_COMMANDS = (
     fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_DUPFD_CLOEXEC,
-    fcntl.F_GETLK, fcntl.F_SETLK, fcntl.F_SETLKW,
+    fcntl.F_GETLK,
 )  # fmt: skip
 """No F_SETPIPE_SZ (pipe memory is accounted per user, so one run could shrink the pipes of all), no leases, no F_SETOWN
-(signals).
+(signals), no locks of open files.
+"""
+
+PRETENDED_FCNTL_COMMANDS = (fcntl.F_SETLK, fcntl.F_SETLKW)
+"""Answered with success and not done. A process never waits for a lock of its own, and a run is one process, so sqlite
+sees no difference; a real lock would be kernel memory that no limit counts, and on /dev/null a signal to other runs.
 """
 
 IOCTL_REQUESTS = (
@@ -112,6 +117,8 @@ def compile_bpf() -> bytes:
     ):
         for value in values:
             _add(policy, seccomp.ALLOW, name, seccomp.Arg(position, seccomp.EQ, value))
+    for command in PRETENDED_FCNTL_COMMANDS:
+        _add(policy, seccomp.ERRNO(0), "fcntl", seccomp.Arg(1, seccomp.EQ, command))
     # clone3 hides its flags behind a pointer that a filter cannot follow; on ENOSYS glibc falls back to clone.
     _add(policy, seccomp.ERRNO(errno.ENOSYS), "clone3")
     threads_only = seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_NEW_ANYTHING | CLONE_THREAD, CLONE_THREAD)

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable
 
 from services.sandbox_gateway import mends, policy
-from services.sandbox_gateway.jail import SandboxFault
+from services.sandbox_gateway.faults import IsolationUnavailable, SandboxFault, fault_of
 from services.sandbox_gateway.tiers import Tier, TierChoice, tiers_for
-from services.sandbox_gateway.view import Interpreter, ViewError
+from services.sandbox_gateway.view import Interpreter
 from services.sandbox_gateway.zygote_process import ZygoteProcess
 
 log = logging.getLogger("singlestream.sandbox")
@@ -19,10 +19,6 @@ MAX_FAILED_STARTS = 5
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
 DRAIN_DEADLINE_S = 90.0
 """A replaced zygote may finish its runs: the longest time-out, and some."""
-
-
-class IsolationUnavailable(Exception):
-    """This host does not isolate; the text says what it lacks and what mends it."""
 
 
 class ZygotePool:
@@ -63,6 +59,8 @@ class ZygotePool:
         self._retiring: set[asyncio.Task[None]] = set()
         self.failure: str | None = None
         """Why the last start of a zygote failed. None after a start that worked."""
+        self.unfit = False
+        """Whether the pool has given up because of what the host is."""
 
     @property
     def states(self) -> dict[str, str]:
@@ -76,16 +74,18 @@ class ZygotePool:
             every_kind: all of them; else only ``plain``, which can run everything.
 
         Raises:
-            IsolationUnavailable: one does not come up or a canary fails.
+            IsolationUnavailable: this host does not isolate.
+            SandboxFault: one did not come up, though it may the next time.
         """
         for tier in self.tiers if every_kind else self.tiers[:1]:
-            self._current[tier.name] = await self._start_proven(tier, "first")
+            self._current[tier.name] = await self._bring_up(tier, "first")
 
     async def keep(self) -> None:
         """Bring up the kinds that are missing, and keep all of them in service, for ever.
 
         Raises:
-            IsolationUnavailable: a kind of zygote cannot be brought up (any more).
+            IsolationUnavailable: a kind of zygote could never be brought up, and that will not change.
+            SandboxFault: one could not be brought up (any more), though it may be in another process.
         """
         self._keepers = [asyncio.create_task(self._keep(tier), name=f"keep {tier.name}") for tier in self.tiers]
         await asyncio.gather(*self._keepers)
@@ -118,20 +118,10 @@ class ZygotePool:
 
     async def _keep(self, tier: Tier) -> None:
         """Keep one kind in service for ever: replace it when it dies, and before it is old."""
-        failures, reason = 0, "first"
+        reason = "first"
         while True:
             if not self._usable(tier.name) or reason == "recycle":
-                try:
-                    fresh = await self._start_proven(tier, reason)
-                except IsolationUnavailable as error:
-                    failures += 1
-                    log.error("zygote %s failed to start (%d of %d): %s", tier.name, failures, MAX_FAILED_STARTS, error)
-                    if failures >= MAX_FAILED_STARTS or reason == "first":
-                        raise
-                    await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**failures))
-                    continue
-                failures = 0
-                await self._install(fresh)
+                await self._install(await self._bring_up(tier, reason))
             reason = await self._until_replaced(self._current[tier.name])
 
     async def _install(self, fresh: ZygoteProcess) -> None:
@@ -157,6 +147,29 @@ class ZygotePool:
                 if zygote.runs_started >= self._recycle_runs or age_s >= self._recycle_s:
                     return "recycle"
 
+    async def _bring_up(self, tier: Tier, reason: str) -> ZygoteProcess:
+        """Start a zygote, a bounded number of times where the trouble may pass.
+
+        A host that has isolated before is not given up for good here: another process finds out whether it still does.
+        """
+        failures = 0
+        while True:
+            try:
+                fresh = await self._start_proven(tier, reason)
+            except SandboxFault as fault:
+                failures += 1
+                unfit = isinstance(fault, IsolationUnavailable)
+                self.failure = f"zygote {tier.name}: {fault}: {mends.mend(str(fault))}"
+                log.error("start %d of %d failed: %s", failures, MAX_FAILED_STARTS, self.failure)
+                if failures == MAX_FAILED_STARTS or (unfit and reason == "first"):
+                    self.unfit = unfit
+                    kind = IsolationUnavailable if unfit and reason == "first" else SandboxFault
+                    raise kind(self.failure) from fault
+            else:
+                self.failure = None
+                return fresh
+            await asyncio.sleep(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2**failures))
+
     async def _start_proven(self, tier: Tier, reason: str) -> ZygoteProcess:
         """Start a zygote and let it pass the canaries."""
         self._on_start(tier.name, reason)
@@ -168,18 +181,14 @@ class ZygotePool:
 
             wrong = await failing_canaries(zygote, self._secret_path)
             if wrong:
-                raise SandboxFault("; ".join(wrong))
+                raise IsolationUnavailable("; ".join(wrong))
             await zygote.spares.fill()
-        except (SandboxFault, ViewError, OSError) as error:
+        except BaseException as error:
             if zygote is not None:
                 await zygote.stop()
-            self.failure = f"zygote {tier.name}: {error}: {mends.mend(str(error))}"
-            raise IsolationUnavailable(self.failure) from error
-        except BaseException:
-            if zygote is not None:
-                await zygote.stop()
+            if isinstance(error, OSError):
+                raise fault_of("it could not be started", str(error)) from error
             raise
-        self.failure = None
         return zygote
 
 

@@ -20,7 +20,7 @@ UNPRIVILEGED_ID = 10001
 _CLONE_NEWNS = 0x00020000
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 _MS_NOSUID, _MS_NODEV = 2, 4
-_PR_SET_DUMPABLE = 4
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 2, 4
 
 
 class CannotDrop(Exception):
@@ -38,19 +38,25 @@ def become_unprivileged(needed: Iterable[Path]) -> None:
     """
     if os.geteuid() != 0:
         return
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent, death_signal = os.getppid(), ctypes.c_int()
     try:
         _expose([Path(os.path.abspath(path)) for path in needed])
+        _check(libc.prctl(_PR_GET_PDEATHSIG, ctypes.byref(death_signal), 0, 0, 0), "ask for the death signal")
         os.setgroups([])
         os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
         os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
-        # With the change of user the kernel gave this process's /proc files to root; it needs them itself.
-        libc = ctypes.CDLL(None, use_errno=True)
+        # With the change of user the kernel gave this process's /proc files to root, which it needs itself, and forgot
+        # what a supervisor asked for: that the gateway ends with it.
         _check(libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "stay dumpable")
+        _check(libc.prctl(_PR_SET_PDEATHSIG, death_signal.value, 0, 0, 0), "keep the death signal")
     except OSError as error:
         mend = f"start the gateway as an ordinary user (in a container: user: '{UNPRIVILEGED_ID}')"
         raise CannotDrop(
             f"it never runs as root, and cannot become uid {UNPRIVILEGED_ID} here ({error}): {mend}"
         ) from error
+    if death_signal.value and os.getppid() != parent:
+        raise CannotDrop("whoever started it has ended meanwhile")
 
 
 def _expose(needed: list[Path]) -> None:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 ProblemCode = Literal[
     "invalid_request",
+    "request_timeout",
     "too_large",
     "overloaded",
     "isolation_unavailable",
@@ -24,6 +25,7 @@ ProblemCode = Literal[
 
 TITLES: dict[ProblemCode, str] = {
     "invalid_request": "The request does not keep its contract",
+    "request_timeout": "The request did not arrive in time",
     "too_large": "The code or its input is too large",
     "overloaded": "The gateway takes no more requests at the moment",
     "isolation_unavailable": "This host cannot isolate code, so nothing is run",
@@ -86,5 +88,7 @@ class Problem(Exception):
             retry_after_s=self.retry_after_s,
         )
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.code == "request_timeout":  # the rest of the body is not waited for
+            headers["Connection"] = "close"
         content: dict[str, Any] = body.model_dump(mode="json", exclude_none=True)
         return JSONResponse(content, self.status, headers, media_type="application/problem+json")

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.sandbox_gateway import host
+from services.sandbox_gateway.faults import IsolationUnavailable
 from services.sandbox_gateway.metrics import Metrics
-from services.sandbox_gateway.pool import IsolationUnavailable, ZygotePool
+from services.sandbox_gateway.pool import ZygotePool
 from services.sandbox_gateway.view import find_interpreter
 from singlestream.config import SandboxGatewayConfig
 
@@ -44,7 +45,7 @@ def make_pool(config: SandboxGatewayConfig, secret_path: Path | None, metrics: M
     """The zygotes that the settings ask for, not yet started.
 
     Raises:
-        ViewError: the sandbox's Python does not start.
+        SandboxFault: the sandbox's Python does not start.
     """
     return ZygotePool(
         find_interpreter(str(config.python or sys.executable)),
@@ -65,8 +66,8 @@ async def serve(config: SandboxGatewayConfig, secret_path: Path | None = None) -
         secret_path: its configuration file; the canaries prove that no run can read it.
 
     Raises:
-        IsolationUnavailable: the host cannot isolate, at the start or later.
-        ViewError: bubblewrap or the sandbox's Python is missing.
+        IsolationUnavailable: the host cannot isolate.
+        SandboxFault: no zygote came up, or one could not be replaced; another process may do better.
         OSError: the address cannot be bound.
     """
     slots = resolve_slots(config)

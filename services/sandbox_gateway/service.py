@@ -12,7 +12,7 @@ from collections.abc import Callable
 from services.sandbox_gateway import policy
 from services.sandbox_gateway.admission import Admission
 from services.sandbox_gateway.execution import Execution
-from services.sandbox_gateway.jail import SandboxFault
+from services.sandbox_gateway.faults import SandboxFault
 from services.sandbox_gateway.metrics import Metrics
 from services.sandbox_gateway.pool import ZygotePool
 from services.sandbox_gateway.problems import Problem
@@ -65,9 +65,10 @@ class SandboxService:
         if self._draining:
             return Problem(503, "overloaded", "the gateway is stopping; another one takes over", DRAINING_RETRY_S)
         if "ready" not in self.pool.states.values():
-            if self.pool.failure is not None:
-                return Problem(503, "isolation_unavailable", self.pool.failure)
-            return Problem(503, "overloaded", "the zygotes are starting", 1.0)
+            if self.pool.unfit:
+                return Problem(503, "isolation_unavailable", self.pool.failure or "")
+            trouble = f"; the last start failed: {self.pool.failure}" if self.pool.failure is not None else ""
+            return Problem(503, "overloaded", f"the zygotes are starting{trouble}", 1.0)
         return None
 
     def drain(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from singlestream.config import SandboxGatewayConfig, load_config
+from singlestream.config import SandboxGatewayConfig, check_environment, load_config
 from singlestream.errors import ConfigError
 
 
@@ -41,6 +41,7 @@ def load_settings(path: Path | None) -> SandboxGatewayConfig:
     """
     if path is not None:
         return load_config(path).sandbox_gateway
+    check_environment()
     try:
         return _Standalone().sandbox_gateway
     except ValidationError as error:

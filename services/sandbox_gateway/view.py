@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from services.sandbox_gateway.faults import IsolationUnavailable, fault_of
+
 INSIDE = Path(__file__).parent / "inside"
 SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/lib32")
 """Shared libraries. Not /usr/bin (nothing may be executed), not /etc, not /usr/share."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 """Bound one by one: bubblewrap's own --dev is a writable tmpfs with a pts and a shm."""
 NOBODY = "65534"
-
-
-class ViewError(Exception):
-    """The view cannot be built; the text says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def find_interpreter(executable: str) -> Interpreter:
     """Find out where a Python lives.
 
     Raises:
-        ViewError: it does not start.
+        SandboxFault: it does not start.
     """
     folders = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     if executable != sys.executable:
@@ -61,7 +59,7 @@ def _ask_for_folders(executable: str) -> set[str]:
             [executable, "-I", "-c", program], capture_output=True, text=True, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise ViewError(f"the sandbox's Python {executable} does not start: {error}") from error
+        raise fault_of(f"the sandbox's Python {executable} does not start", str(error)) from error
     return set(json.loads(answer.stdout))
 
 
@@ -79,11 +77,11 @@ def bubblewrap_command(
     """The command that starts a zygote.
 
     Raises:
-        ViewError: bubblewrap is not installed.
+        IsolationUnavailable: bubblewrap is not installed.
     """
     bubblewrap = shutil.which("bwrap")
     if bubblewrap is None:
-        raise ViewError("bubblewrap (bwrap) is not installed: apt-get install bubblewrap")
+        raise IsolationUnavailable("bubblewrap (bwrap) is not installed: apt-get install bubblewrap")
     command = [
         bubblewrap,
         *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),

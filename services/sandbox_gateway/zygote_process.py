@@ -12,8 +12,9 @@ import subprocess
 from dataclasses import dataclass, field
 
 from services.sandbox_gateway.descriptors import sealed_memory
+from services.sandbox_gateway.faults import SandboxFault, fault_of
 from services.sandbox_gateway.inside.messages import EXITED, READY, REFUSED, STARTED, Order, Reply
-from services.sandbox_gateway.jail import SandboxFault, Spares
+from services.sandbox_gateway.jail import Spares
 from services.sandbox_gateway.tiers import Tier
 from services.sandbox_gateway.view import Interpreter, bubblewrap_command
 
@@ -83,7 +84,7 @@ class ZygoteProcess:
 
         Raises:
             SandboxFault: it did not come up; the text holds what it printed.
-            ViewError: bubblewrap is not installed.
+            IsolationUnavailable: likewise, for a reason that does not pass.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stderr_read, stderr_write = os.pipe()
@@ -183,8 +184,10 @@ class ZygoteProcess:
     def kill(self) -> None:
         """End it and all its runs, now."""
         self.spares.close()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGKILL)
+        if self._process.poll() is None:
+            # Its group: bubblewrap's own child asks to die with it only a moment after it was made.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._lose(SandboxFault(f"the {self.tier.name} zygote was ended while the run was in progress"))
 
     async def stop(self) -> None:
@@ -247,7 +250,7 @@ class ZygoteProcess:
                 child.exited.set_result(reply)
         elif reply.kind == REFUSED:
             self._forget(reply.run_id)
-            child.fail(SandboxFault(f"the {self.tier.name} zygote could not fork: {os.strerror(reply.value)}"))
+            child.fail(fault_of(f"the {self.tier.name} zygote could not fork", os.strerror(reply.value)))
 
     def _forget(self, run_id: int) -> None:
         del self._children[run_id]
@@ -259,7 +262,7 @@ class ZygoteProcess:
         said = self.said()
         self.kill()
         if not self._ready.done():
-            self._ready.set_exception(SandboxFault(said or "the jail ended without a word"))
+            self._ready.set_exception(fault_of("it ended", said))
 
     def _on_stderr_rest(self) -> None:
         """What it printed last may not have been read yet."""

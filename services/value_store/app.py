@@ -31,12 +31,14 @@ BEARER = HTTPBearer(auto_error=False, description="The read or the write token; 
 
 
 def check_exposure(settings: ValueStoreConfig) -> None:
-    """Refuse to listen off loopback without both tokens. Raises `ConfigError`."""
+    """Refuse to listen off loopback without both tokens, and to guard reading but not writing. Raises `ConfigError`."""
     if settings.host not in LOOPBACK and not (settings.read_token and settings.write_token):
         raise ConfigError(
             f"value_store.host is {settings.host}: off loopback, value_store.read_token and value_store.write_token "
             "must be set (SINGLESTREAM_VALUE_STORE__READ_TOKEN, SINGLESTREAM_VALUE_STORE__WRITE_TOKEN)"
         )
+    if settings.read_token and not settings.write_token:
+        raise ConfigError("value_store.read_token is set and value_store.write_token is not: anyone could write")
 
 
 def require(*tokens: SecretStr | None) -> Callable[..., Awaitable[None]]:
@@ -81,8 +83,8 @@ def make_app(store: Store, settings: ValueStoreConfig) -> FastAPI:
     app.mount("/page", routes_page.static, name="page")
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     _handle_errors(app)
-    # Without a token, a web page that points a name of its own at 127.0.0.1 must not get through.
-    open_to_loopback = settings.write_token is None and settings.host in LOOPBACK
+    # Without a token, a web page must not get through: by a name of its own for 127.0.0.1, or by sending blindly.
+    open_to_loopback = settings.read_token is None and settings.host in LOOPBACK
     app.add_middleware(
         Bounds,
         max_body_bytes=settings.max_request_bytes,
@@ -123,11 +125,16 @@ def _handle_errors(app: FastAPI) -> None:
     def not_ready(_: Request, error: NotReady) -> JSONResponse:
         return problem(503, str(error), {"Retry-After": "1"})
 
+    @app.exception_handler(Fenced)
+    def fenced(_: Request, error: Fenced) -> JSONResponse:
+        return problem(503, str(error), {"Retry-After": "1"})
+
     async def lost(request: Request, error: Exception) -> JSONResponse:
         return problem(503, f"Redis is away: {error}", {"Retry-After": "1"})
 
-    for kind in (*LOST, Fenced):
-        app.add_exception_handler(kind, lost)
+    for kind in LOST:
+        if kind is not OSError:  # redis-py has one of its own for every error of a socket; others are not Redis'
+            app.add_exception_handler(kind, lost)
 
     @app.exception_handler(Exception)
     def failed(_: Request, error: Exception) -> JSONResponse:

@@ -47,13 +47,13 @@ class RateLimit:
 
 
 class Bounds:
-    """ASGI middleware: 400 under a foreign name, 429 beyond the rate, 413 beyond the body's size.
+    """ASGI middleware: 400 under a foreign name, 403 for a foreign page, 429 beyond the rate, 413 beyond the size.
 
     Args:
         app: the application inside.
         max_body_bytes: largest body.
         requests_per_s: of one client address; twice as many may come at once.
-        hosts: names under which the service answers; None answers under any.
+        hosts: names under which the service answers, and of the pages that may ask it; None: any.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, requests_per_s: float, hosts: Collection[str] | None) -> None:
@@ -66,8 +66,12 @@ class Bounds:
         if scope["type"] != "http" or scope["path"] in NOT_COUNTED:
             await self.app(scope, receive, send)
             return
-        if self.hosts is not None and _host(scope) not in self.hosts:
+        if self.hosts is not None and _hostname("//" + _header(scope, b"host")) not in self.hosts:
             await problem(400, "without a token this service answers under a loopback name only")(scope, receive, send)
+            return
+        if self.hosts is not None and _foreign_page(scope, self.hosts):
+            detail = "without a token this service takes nothing from another site's page"
+            await problem(403, detail)(scope, receive, send)
             return
         client = scope["client"][0] if scope.get("client") else ""
         wait_s = self.rate.take(client, time.monotonic())
@@ -97,9 +101,22 @@ class Bounds:
         await self.app(scope, counted, send)
 
 
-def _host(scope: Scope) -> str | None:
-    text = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+def _foreign_page(scope: Scope, hosts: Collection[str]) -> bool:
+    """Whether a browser says that another site's page sends this: it may, to any address, though it reads no answer.
+
+    A link from another site to the page here is no such thing: a GET without an origin, which changes nothing.
+    """
+    if origin := _header(scope, b"origin"):
+        return _hostname(origin) not in hosts
+    return scope["method"] not in ("GET", "HEAD") and _header(scope, b"sec-fetch-site") == "cross-site"
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return str(dict(scope["headers"]).get(name, b"").decode("latin-1"))
+
+
+def _hostname(url: str) -> str | None:
     try:
-        return urlsplit(f"//{text}").hostname
+        return urlsplit(url).hostname
     except ValueError:
         return None

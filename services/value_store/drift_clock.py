@@ -21,7 +21,7 @@ class UnknownVersions(Exception):
 
 
 class DriftClock:
-    """z of every published version. The first z written for a version stays; the clock never runs backwards.
+    """z of every published version. The first z written for a version stays; `now` goes back where the learner does.
 
     Args:
         z: version → z as Redis holds them.

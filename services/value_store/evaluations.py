@@ -7,36 +7,30 @@ import time
 
 from services.value_store import pinning
 from services.value_store.jobs import Job, resumable
-from services.value_store.prompts import Refused
 from services.value_store.store import Store
 from singlestream.streams.ledger import Change
 
 log = logging.getLogger(__name__)
 
 
-def _most(store: Store, alive: int) -> int:
-    """Replicas that a pinned evaluation may take now."""
-    return pinning.capacity(alive, store.config.rollout.evaluation_share, store.memory.state == "running")
-
-
 async def create_job(store: Store, job: Job, resume: bool) -> Job:
     """Enter a job, or return the one that it resumes, where ``resume`` says so.
 
-    Raises `Refused` where prompts are not known, or a pinned job can have no replica.
+    Raises `Refused` where prompts are not known.
     """
     if resume and (same := resumable(store.memory.jobs.values(), job)):
         return same
-    alive = len(store.alive_replicas())
-    if job.pinned and alive and not _most(store, alive):
-        raise Refused(pinning.no_room(alive, store.config.rollout.evaluation_share))
     return await store.create_job(job, resume)
 
 
-async def cancel_job(store: Store, job_id: str) -> Job:
-    """End a job before its items; leases of it that are out end by themselves. Nothing where it has finished."""
+async def cancel_job(store: Store, job_id: str) -> Job | None:
+    """End a job before its items; leases of it that are out end by themselves. Nothing where it has finished.
+
+    None where there is no such job.
+    """
     async with store.writing() as memory:
-        job = memory.jobs[job_id]
-        if job.finished_at_s is None:
+        job = memory.jobs.get(job_id)
+        if job is not None and job.finished_at_s is None:
             await _fail(store, job, "cancelled by request")
     return job
 
@@ -54,7 +48,8 @@ async def move_pin(store: Store) -> None:
         if job is not None and (error := pinning.lost(job.policy, alive)):
             await _fail(store, job, error)
             job = pinning.current_evaluation(memory.jobs.values())
-        pin = pinning.next_pin(memory.pin, job, alive, _most(store, len(alive)))
+        share, training = store.config.rollout.evaluation_share, memory.state == "running"
+        pin = pinning.next_pin(memory.pin, job, alive, pinning.capacity(len(alive), share, training))
         if pin == memory.pin:
             return
         change = Change(pin=pin.text() if pin else "")
@@ -70,5 +65,4 @@ def waiting_for(store: Store, job: Job) -> str | None:
     memory, alive = store.memory, store.alive_replicas()
     if job.finished_at_s is None and store.memory_full:
         return "memory in Redis: its share of maxmemory is used up"
-    first, most = pinning.current_evaluation(memory.jobs.values()), _most(store, len(alive))
-    return pinning.waiting_for(job, first, memory.pin, alive, most, store.config.rollout.evaluation_share)
+    return pinning.waiting_for(job, pinning.current_evaluation(memory.jobs.values()), memory.pin, alive)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-PROMPT_ID, LEASE_ID, AT_S = "3f2a9c01d4e5b677", "train:5f3a9c01:17", 1_790_000_000.0
+PROMPT_ID, LEASE_ID, AT_S = "fd050b7395755f9d", "train:5f3a9c01:17", 1_790_000_000.0
 
 NEW_PROMPT = {
     "question": "47*91=?",
@@ -19,6 +19,7 @@ VALUE = {
     "alpha": 3.28,
     "beta": 2.72,
     "v_hat": 0.547,
+    "weight": 0.548,
     "n_eff": 5.8,
     "visits": 9,
     "interval": [0.18, 0.89],
@@ -60,8 +61,9 @@ TRAJECTORY = {
     ],
 }
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+JOB_ID = "0123456789ab"
 JOB = {
-    "job_id": "0123456789ab",
+    "job_id": JOB_ID,
     "purpose": "evaluate",
     "state": "running",
     "error": None,
@@ -117,6 +119,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "Imported": {"prompts": 1000, "priors": 400, "unknown": 0},
     "JobIn": {"purpose": "evaluate", "split": "eval", "n": 4, "sampling": SAMPLING, "pinned": True},
     "Job": JOB,
+    "Jobs": {"jobs": [JOB], "cursor": None},
     "TrainingIn": {"state": "running"},
     "Training": TRAINING,
     "Ledger": {

@@ -1,15 +1,13 @@
 """Formats in which prompts and values come and go: NDJSON, Parquet, and the reference recipe's ``offline_values.json``.
 
-All of them are read and written a stretch at a time, so a million prompts need a few megabytes.
+All of them are read and written a stretch at a time: at most `ROWS_AT_A_TIME` prompts, and about `STRETCH_BYTES`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from singlestream.clients.value_store_replies import PromptValue
 from singlestream.errors import SinglestreamError
 
 ROWS_AT_A_TIME = 1000
+STRETCH_BYTES = 16 * 1024 * 1024
+"""Of an import, taken at once: long prompts come fewer at a time."""
 MAX_LINE_BYTES = 8 * 1024 * 1024
 """Longest line of NDJSON."""
 
@@ -64,19 +64,20 @@ def _parse(row: Any, place: str) -> ImportedPrompt:
 async def read_ndjson(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[ImportedPrompt]]:
     """Prompts from NDJSON, a stretch at a time. Raises `BadImport` with the line's number, from 1."""
     prompts: list[ImportedPrompt] = []
-    number = 0
+    number = size = 0
     async for line in _lines(chunks):
         number += 1
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadImport(f"line {number}: not JSON: {error}") from error
         prompts.append(_parse(row, f"line {number}"))
-        if len(prompts) == ROWS_AT_A_TIME:
+        size += len(line)
+        if len(prompts) == ROWS_AT_A_TIME or size >= STRETCH_BYTES:
             yield prompts
-            prompts = []
+            prompts, size = [], 0
     if prompts:
         yield prompts
 
@@ -99,12 +100,17 @@ def read_parquet(path: Path) -> Iterator[list[ImportedPrompt]]:
         with pq.ParquetFile(path) as file:
             wanted = [name for name in file.schema_arrow.names if name in ImportedPrompt.model_fields]
             number = 0
-            for batch in file.iter_batches(ROWS_AT_A_TIME, columns=wanted):
+            for batch in file.iter_batches(_rows_at_a_time(file.metadata), columns=wanted):
                 rows = batch.to_pylist()
                 yield [_parse(row, f"row {number + i}") for i, row in enumerate(rows, 1)]
                 number += len(rows)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadImport(f"not a Parquet file that can be read: {error}") from error
+
+
+def _rows_at_a_time(about: pq.FileMetaData) -> int:
+    size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    return int(max(1, min(ROWS_AT_A_TIME, STRETCH_BYTES * about.num_rows // max(1, size))))
 
 
 async def read_offline_values(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[tuple[str, list[float]]]]:
@@ -113,34 +119,53 @@ async def read_offline_values(chunks: AsyncIterator[bytes]) -> AsyncIterator[lis
     Raises:
         BadImport: it is not such an object.
     """
-    found: Any = ijson.sendable_list()
-    parser = ijson.kvitems_coro(found, "", use_float=True)
-    read = 0
+    found: list[tuple[str, list[float]]] = []
+    pairs = _pairs(found)
+    next(pairs)
+    parser = ijson.basic_parse_coro(pairs, use_float=True)
+    read = size = 0
     try:
         async for chunk in chunks:
-            with contextlib.suppress(StopIteration):  # the object has ended
-                parser.send(chunk)
-            if len(found) >= ROWS_AT_A_TIME:
-                yield [_offline(pair, read + i) for i, pair in enumerate(found, 1)]
+            if not chunk:
+                continue  # to the parser it would be the end
+            parser.send(chunk)
+            size += len(chunk)
+            if len(found) >= ROWS_AT_A_TIME or (found and size >= STRETCH_BYTES):
+                yield found[:]
                 read += len(found)
+                size = 0
                 del found[:]
+            elif size > STRETCH_BYTES:
+                raise BadImport(f"prompt {read + 1} is longer than the bound of {STRETCH_BYTES} bytes")
         parser.close()
-    except (ijson.JSONError, ValueError, UnicodeDecodeError) as error:
+    except (ijson.JSONError, ValueError) as error:
         raise BadImport(f"after {read + len(found)} prompts: not JSON: {error}") from error
     if found:
-        yield [_offline(pair, read + i) for i, pair in enumerate(found, 1)]
+        yield found
     elif not read:
         raise BadImport("expected an object {prompt text: [scores]} with at least one prompt")
 
 
-def _offline(pair: tuple[str, Any], number: int) -> tuple[str, list[float]]:
-    text, scores = pair
-    numbers = isinstance(scores, list) and all(
-        isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score) for score in scores
-    )
-    if not numbers:
-        raise BadImport(f"prompt {number} ({text[:60]!r}): expected a list of finite scores")
-    return text, [float(score > 0) for score in scores]
+def _pairs(found: list[tuple[str, list[float]]]) -> Generator[None, tuple[str, Any], None]:
+    """Append a pair to ``found`` for every prompt in the parser's events; what is nested deeper is refused at once."""
+    text: str | None = None
+    scores: list[float] | None = None
+    number = 0
+    while True:
+        event, value = yield
+        if event == "map_key":
+            text, number = value, number + 1
+        elif event == "start_array" and text is not None and scores is None:
+            scores = []
+        elif event == "number" and scores is not None:
+            scores.append(float(value > 0))
+        elif event == "end_array" and text is not None and scores is not None:
+            found.append((text, scores))
+            text = scores = None
+        elif text is not None:
+            raise BadImport(f"prompt {number} ({text[:60]!r}): expected a list of finite scores")
+        elif event not in ("start_map", "end_map"):
+            raise BadImport("expected an object {prompt text: [scores]} with at least one prompt")
 
 
 def ndjson_lines(prompts: Sequence[PromptValue]) -> bytes:

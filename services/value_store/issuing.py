@@ -33,6 +33,11 @@ FORGOTTEN_S = 3600.0
 MAX_EVALUATIONS = 1_000_000
 """Where no share bounds them."""
 
+EVERY_ROW = slice(None)
+
+_NO_RNG = np.random.default_rng(0)
+"""Where nothing is drawn."""
+
 MIN_BACKLOG = 8
 """Unread leases kept at least while a replica lives, so that a fast one never finds the stream empty."""
 
@@ -145,15 +150,19 @@ def items_to_lease(
 
 
 def all_weights(
-    memory: Memory, settings: ValueStoreConfig, retention: Retention, rng: np.random.Generator | None = None
+    memory: Memory,
+    settings: ValueStoreConfig,
+    retention: Retention,
+    rng: np.random.Generator | None = None,
+    rows: NDArray[np.int64] | slice = EVERY_ROW,
 ) -> NDArray[np.float64]:
-    """Sampling weight of every row. Without ``rng``, ``thompson`` shows the weight of the posterior mean."""
+    """Sampling weight of rows. Without ``rng``, ``thompson`` shows the weight of the posterior mean."""
     table, mode = memory.table, settings.sampling
     if rng is None:
-        mode, rng = ("uncertainty" if mode == "thompson" else mode), np.random.default_rng(0)
+        mode, rng = ("uncertainty" if mode == "thompson" else mode), _NO_RNG
     faded = settings.gamma > 0.0 or mode == "thompson"
-    fade: NDArray[np.float64] | float = fade_of(memory, retention) if faded else 1.0
-    return sampler.weights(table.alpha, table.beta, fade, mode, settings.epsilon, settings.gamma, rng)
+    fade: NDArray[np.float64] | float = fade_of(memory, retention, rows) if faded else 1.0
+    return sampler.weights(table.alpha[rows], table.beta[rows], fade, mode, settings.epsilon, settings.gamma, rng)
 
 
 def training_weights(
@@ -165,10 +174,10 @@ def training_weights(
     return weight
 
 
-def fade_of(memory: Memory, retention: Retention) -> NDArray[np.float64]:
+def fade_of(memory: Memory, retention: Retention, rows: NDArray[np.int64] | slice = EVERY_ROW) -> NDArray[np.float64]:
     """Share of each row's evidence that is still valid at the version published last."""
     version = memory.newest.version if memory.newest else 0
-    return retention.fade(memory.clock.now, memory.table.z_last, version, memory.table.version)
+    return retention.fade(memory.clock.now, memory.table.z_last[rows], version, memory.table.version[rows])
 
 
 def training_prompts(table: Table) -> int:
@@ -211,6 +220,7 @@ def make_leases(
             prompt_id=prompt_id,
             question=prompt.question,
             answer=prompt.answer,
+            source=prompt.source,
             environment=prompt.environment,
             v_hat=v_hat,
             version=version,

@@ -9,15 +9,18 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 
 from services.value_store import evaluations, issuing
+from services.value_store.ending import END_WITHIN_S, end
 from services.value_store.evidence import Decode, Entry, decode_entries
 from services.value_store.store import NotReady, Store
 from singlestream.contracts import decode, decode_closing
+from singlestream.errors import DeadlineExceeded
 from singlestream.streams.connection import LOST
 from singlestream.streams.keys import GROUP
 from singlestream.streams.ledger import PURPOSES
@@ -64,7 +67,9 @@ async def _follow(
         memory = store.memory
         batches, room = asyncio.Queue[list[Entry]](), asyncio.Semaphore(ahead)
         after = memory.cursors.get(stream, "0-0")
-        reading = asyncio.create_task(_read(store, stream, after, count, decode, batches, room))
+        reading = asyncio.create_task(
+            _read(store, stream, after, count, decode, batches, room), name=f"reader of {stream}"
+        )
         try:
             more = True
             while more:
@@ -78,8 +83,9 @@ async def _follow(
         except NotReady:
             await asyncio.sleep(TICK_S)
         finally:
-            reading.cancel()
-            await asyncio.wait([reading])  # awaiting the task itself would mix its cancellation up with this one's
+            await end([reading])
+        if not reading.done():
+            raise DeadlineExceeded(f"the reader of {stream} to end", END_WITHIN_S)
         if not reading.cancelled():
             reading.result()
 
@@ -136,13 +142,10 @@ async def follow_trajectories(store: Store) -> None:
 
 async def issue_leases(store: Store) -> None:
     """Keep the lease streams as full as the living replicas need, and wind an early stop down."""
-    checked_s = tidied_s = 0.0
+    checked_s = tidied_s = -math.inf
     while True:
         await store.until_ready()
         try:
-            if time.monotonic() - tidied_s > TIDY_EVERY_S:
-                await tidy(store)
-                tidied_s = time.monotonic()
             if time.monotonic() - checked_s > CHECK_EVERY_S:
                 await check_redis(store)
                 checked_s = time.monotonic()
@@ -152,6 +155,11 @@ async def issue_leases(store: Store) -> None:
             await evaluations.move_pin(store)
             if shared or pinned:
                 await store.issue(shared, pinned)
+            if time.monotonic() - tidied_s > TIDY_EVERY_S:
+                await tidy(store)
+                tidied_s = time.monotonic()
+                if store.memory.state == "stopping":
+                    log.warning("the early stop waits for %s", store.training_waits_for())
         except NotReady:
             pass
         except LOST as error:
@@ -203,7 +211,7 @@ async def check_redis(store: Store) -> None:
         "dead_letters": dead_letters,
     }
     recent.hear_learner(parse_heartbeat(heartbeat), time.time())
-    recent.snapshot(time.time(), store.memory.table.v_hat)
+    recent.snapshot(time.time(), store.memory.table)
 
 
 def parse_heartbeat(text: bytes | None) -> dict[str, object] | None:
@@ -233,6 +241,6 @@ async def _wanted(store: Store) -> tuple[int, int]:
     counts = [pending["pending"] if isinstance(pending, dict) else pending[0] for pending in lengths[1::2]]
     held = dict(zip(PURPOSES, counts, strict=True))
     unread = {one: max(0, length - held[one]) for one, length in zip(PURPOSES, lengths[0::2], strict=True)}
-    queues = store.recent.queues
+    store.held, queues = held, store.recent.queues
     queues.held_leases, queues.unread_leases = sum(held.values()), sum(unread.values())
     return issuing.shared_and_pinned(store.alive_replicas(), store.memory.pin, held, unread)

@@ -146,6 +146,11 @@ class Memory:
         self.clock.publish(message.version, message.z)
 
     @property
+    def training_ended(self) -> bool:
+        """Whether the learner has nothing left to do: finished, or stopped with every training lease ended."""
+        return self.state == "finished" or (self.state == "stopped" and not self.open["train"])
+
+    @property
     def newest(self) -> PublishedVersion | None:
         """The version published last: after a rollback a lower number than before. None before the first."""
         return self.versions[-1] if self.versions else None

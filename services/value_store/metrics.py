@@ -33,6 +33,8 @@ class _Collector:
             memory = store.memory
         except NotReady:  # before the first read there is nothing more to say
             return
+        text = "1 once training has ended: finished, or stopped with no lease left to the learner."
+        yield GaugeMetricFamily(f"{_PREFIX}_finished", text, float(memory.training_ended))
         yield from _leases(memory)
         yield from _posterior(store, memory)
         yield from _recent(store)

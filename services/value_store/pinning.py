@@ -52,8 +52,8 @@ def current_evaluation(jobs: Iterable[Job]) -> Job | None:
 
 
 def capacity(alive: int, share: float, training: bool) -> int:
-    """Replicas that a pinned evaluation may take, of so many; while training runs at most their share of it."""
-    return math.floor(share * alive + 1e-9) if training else alive
+    """Replicas that a pinned evaluation may take, of so many; while training runs its share of them, or one."""
+    return min(alive, max(1, math.floor(share * alive + 1e-9))) if training else alive
 
 
 def next_pin(pin: Pin | None, job: Job | None, alive: Sequence[Replica], most: int) -> Pin | None:
@@ -98,17 +98,7 @@ def lost(policy: tuple[int, int] | None, alive: Sequence[Replica]) -> str | None
     return "policy version {}.{} is on no replica any more, they hold {}".format(*policy, held)
 
 
-def no_room(alive: int, share: float) -> str:
-    """Why a pinned evaluation cannot start while training runs."""
-    return (
-        f"a pinned evaluation takes whole replicas, and rollout.evaluation_share = {share:g} of {alive} is none: "
-        "raise it, pause training, or evaluate unpinned"
-    )
-
-
-def waiting_for(
-    job: Job, first: Job | None, pin: Pin | None, alive: Sequence[Replica], most: int, share: float
-) -> str | None:
+def waiting_for(job: Job, first: Job | None, pin: Pin | None, alive: Sequence[Replica]) -> str | None:
     """What keeps an unfinished job from being leased; None where nothing does.
 
     Args:
@@ -116,8 +106,6 @@ def waiting_for(
         first: the evaluation under way.
         pin: the pin as it stands.
         alive: reports of the living replicas.
-        most: replicas that a pinned evaluation may take.
-        share: ``rollout.evaluation_share``.
     """
     if job.finished_at_s is not None:
         return None
@@ -127,8 +115,6 @@ def waiting_for(
         return f"job {first.job_id}: evaluations run one at a time"
     if not job.pinned:
         return None
-    if most < 1:
-        return no_room(len(alive), share)
     if job.policy is None:
         return "a replica to hold its weights"
     if pin is None or not pin.replicas:

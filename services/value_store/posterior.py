@@ -111,7 +111,8 @@ def ema(value: ArrayLike, n_eff: ArrayLike, rho: ArrayLike, reward: ArrayLike) -
     """`update` as a moving average, (v̂, n_eff), [P] each: v̂ ← v̂ + η(r − v̂) with η = 1/(ρ·n_eff + 1).
 
     It is exact for any reward in [0, 1], not only for 0 and 1. P prints η = 1/(n_eff + 1), which forgets that n_eff
-    has faded by then.
+    has faded by then. The store goes by `update` alone; this form is what the papers print, and tests hold that both
+    agree.
 
     Args:
         value: [P] v̂ in (0, 1).

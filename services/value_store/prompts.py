@@ -70,7 +70,7 @@ def plan_upsert(
 
     Args:
         table: not changed, but for new sources' numbers.
-        prompts: a repeated one counts as the last says.
+        prompts: of a repeated one its last text and split count, and its last prior that is not None.
         priors: one a prompt; None leaves the value of a known prompt, and is ½, ½ for a new one.
         now_s: Unix time.
 
@@ -83,12 +83,16 @@ def plan_upsert(
             table.source_number(prompt.source)
     except ValueError as error:
         raise Refused(str(error)) from error
+    last: dict[str, tuple[Prompt, Prior | None]] = {}
     for prompt, prior in zip(prompts, priors, strict=True):
-        row = table.row(prompt.prompt_id)
+        _, before = last.get(one := prompt.prompt_id, (None, None))
+        last[one] = prompt, prior or before
+    for one, (prompt, prior) in last.items():
+        row = table.row(one)
         if row is not None and (table.visits[row] > 0 or prior is None):
             split = np.array([SPLITS.index(prompt.split)])
-            records[prompt.prompt_id] = table.records(np.array([row]), split=split)[0]
-        elif prior is not None or prompt.prompt_id not in records:
+            records[one] = table.records(np.array([row]), split=split)[0]
+        else:
             alpha, beta = prior or (0.5, 0.5)
-            records[prompt.prompt_id] = new_record(alpha, beta, prompt.split, prompt.source, now_s)
+            records[one] = new_record(alpha, beta, prompt.split, prompt.source, now_s)
     return records

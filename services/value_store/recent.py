@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.value_store.receipts import Receipts
+from services.value_store.table import Table
 from services.value_store.trajectories import LastTrajectories
 
 EVIDENCE_KEPT = 1024
@@ -71,11 +72,10 @@ class Recent:
         last = list(self.rewards)[-count:]
         return sum(last) / len(last) if last else None
 
-    def snapshot(self, now_s: float, v_hat: NDArray[np.float64]) -> None:
-        """Note the histogram of v̂, at most every `SNAPSHOT_EVERY_S`."""
-        if not len(v_hat) or (self.snapshots and now_s - self.snapshots[-1][0] < SNAPSHOT_EVERY_S):
-            return
-        self.snapshots.append((now_s, count_values(v_hat)))
+    def snapshot(self, now_s: float, table: Table) -> None:
+        """Note the histogram of v̂, at most every `SNAPSHOT_EVERY_S`: only then is it computed, for all rows."""
+        if len(table) and (not self.snapshots or now_s - self.snapshots[-1][0] >= SNAPSHOT_EVERY_S):
+            self.snapshots.append((now_s, count_values(table.v_hat)))
 
 
 def count_values(v_hat: NDArray[np.float64]) -> list[int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Literal
 
@@ -16,7 +19,7 @@ from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from services.value_store import exchange, views
-from services.value_store.examples import NEW_PROMPT, PROMPT_VALUE
+from services.value_store.examples import JOB_ID, NEW_PROMPT, PROMPT_VALUE
 from services.value_store.exchange import ROWS_AT_A_TIME, BadImport
 from services.value_store.jobs import Job
 from services.value_store.problems import problem_docs
@@ -65,12 +68,12 @@ async def import_prompts(
         ),
     ] = None,
 ) -> Imported:
-    """The body is streamed: any number of prompts, a few megabytes of memory. It may be repeated safely.
+    """The body is streamed: any number of prompts, some tens of megabytes of memory. It may be repeated safely.
 
     ndjson and parquet: columns question, answer, source, environment, split, and a prior as prior_rewards or as alpha
     and beta; prompts with visits keep their value. offline_values: ``{prompt text: [scores]}`` of the reference
     recipe sets the priors of known prompts. What stands before a bad line or row has been imported; the error names
-    its number.
+    its number. Parquet is read from its end: that body stands in the folder for temporary files (TMPDIR) meanwhile.
     """
     body = _bounded(request.stream(), store.config.value_store.max_import_bytes)
     counts = Imported(prompts=0, priors=0, unknown=0)
@@ -82,14 +85,29 @@ async def import_prompts(
             async for prompts in exchange.read_ndjson(body):
                 await _take(store, prompts, counts)
         else:
-            with tempfile.NamedTemporaryFile(prefix="singlestream-import-") as file:
-                async for chunk in body:
-                    await run_in_threadpool(_append, file.file, chunk)
-                async for prompts in iterate_in_threadpool(exchange.read_parquet(Path(file.name))):
+            async with _kept(body) as path:
+                async for prompts in iterate_in_threadpool(exchange.read_parquet(path)):
                     await _take(store, prompts, counts)
     except BadImport as error:
         raise HTTPException(422, f"{error}; {counts.prompts} prompts before it have been imported") from error
     return counts
+
+
+@asynccontextmanager
+async def _kept(body: AsyncIterator[bytes]) -> AsyncIterator[Path]:
+    """The body as a file, for as long as it is read."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="singlestream-import-"))
+            path = Path(folder) / "body"
+            with path.open("wb") as file:
+                async for chunk in body:
+                    await run_in_threadpool(_append, file, chunk)
+        except OSError as error:
+            where = tempfile.tempdir or "a folder for temporary files"
+            what = f"the import cannot be kept in {where} while it is read ({error.strerror}): make room, or set TMPDIR"
+            raise HTTPException(413, what) from error
+        yield path
 
 
 def _append(file: IO[bytes], chunk: bytes) -> None:
@@ -152,7 +170,7 @@ async def export(
         Query(
             pattern=r"^[0-9a-f]{12}$",
             description="offline_values: the estimation job whose rewards are written.",
-            examples=["0123456789ab"],
+            examples=[JOB_ID],
         ),
     ] = None,
 ) -> StreamingResponse:
@@ -177,7 +195,7 @@ async def _pages(store: Store) -> AsyncIterator[list[PromptValue]]:
         rows = [memory.table.row(one) for one in part]
         prompts = await store.fetch_prompts(part)
         both = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if row is not None and prompt]
-        values = views.value_outs(memory, store.retention, [row for row, _ in both])
+        values = views.value_outs(memory, store.config.value_store, store.retention, [row for row, _ in both])
         yield [views.prompt_out(value, prompt) for value, (_, prompt) in zip(values, both, strict=True)]
 
 
@@ -195,15 +213,36 @@ async def _parquet(store: Store) -> AsyncIterator[bytes]:
 
 
 async def _offline_values(store: Store, job: Job) -> AsyncIterator[bytes]:
-    key, separator = store.keys.job_results(job.job_id), "{"
-    for start in range(0, len(job.prompt_ids), ROWS_AT_A_TIME):
-        part = job.prompt_ids[start : start + ROWS_AT_A_TIME]
-        items = range(start * job.n, (start + len(part)) * job.n)
-        results = await store.redis.hmget(key, [str(item) for item in items])
-        rewards = [msgpack.unpackb(data, raw=False)["reward"] if data else None for data in results]
-        for i, prompt in enumerate(await store.fetch_prompts(part)):
-            scores = [reward for reward in rewards[i * job.n : (i + 1) * job.n] if reward is not None]
+    """One question in two sources is one key: the scores of both stand under it."""
+    last, before = None, "{"
+    async for question, scores in _scores(store, job):
+        numbers = json.dumps(scores)[1:-1]
+        yield (f", {numbers}" if question == last else f"{before}{json.dumps(question)}: [{numbers}").encode()
+        last, before = question, "],\n"
+    yield b"{}\n" if last is None else b"]}\n"
+
+
+async def _scores(store: Store, job: Job) -> AsyncIterator[tuple[str, list[float]]]:
+    """(question, rewards) of each prompt that has any."""
+    step = max(1, ROWS_AT_A_TIME // job.n)
+    places = await _equal_questions_together(store, job.prompt_ids)
+    for start in range(0, len(places), step):
+        part = places[start : start + step]
+        items = [str(place * job.n + repetition) for place in part for repetition in range(job.n)]
+        found = await store.redis.hmget(store.keys.job_results(job.job_id), items)
+        rewards = iter([msgpack.unpackb(data, raw=False)["reward"] if data else None for data in found])
+        for prompt in await store.fetch_prompts([job.prompt_ids[place] for place in part]):
+            scores = [reward for reward in islice(rewards, job.n) if reward is not None]
             if prompt is not None and scores:
-                yield f"{separator}{json.dumps(prompt.question)}: {json.dumps(scores)}".encode()
-                separator = ",\n"
-    yield b"{}" if separator == "{" else b"}\n"
+                yield prompt.question, scores
+
+
+async def _equal_questions_together(store: Store, ids: Sequence[str]) -> list[int]:
+    """All places in ``ids``, ordered by their questions' hashes."""
+    numbers = np.zeros(len(ids), np.uint64)
+    for start in range(0, len(ids), ROWS_AT_A_TIME):
+        for place, prompt in enumerate(await store.fetch_prompts(ids[start : start + ROWS_AT_A_TIME]), start):
+            if prompt is not None:
+                numbers[place] = int.from_bytes(blake2b(prompt.question.encode(), digest_size=8).digest())
+    places: list[int] = np.argsort(numbers, kind="stable").tolist()
+    return places

@@ -10,19 +10,20 @@ from typing import Annotated, Literal
 
 import msgpack
 import numpy as np
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
-from services.value_store import evaluations
-from services.value_store.examples import RESULT
+from services.value_store import evaluations, views
+from services.value_store.examples import AT_S, JOB_ID, RESULT
 from services.value_store.jobs import Job
 from services.value_store.problems import problem_docs
-from services.value_store.routes_prompts import StoreDep, bound
+from services.value_store.routes_prompts import StoreDep, bound, read_cursor
 from services.value_store.schemas import JobIn
 from services.value_store.store import Store
 from services.value_store.table import SPLITS
 from singlestream.clients.value_store_replies import Job as JobOut
+from singlestream.clients.value_store_replies import Jobs
 from singlestream.contracts import Sampling
 
 MAX_ITEMS = 20_000_000
@@ -35,8 +36,9 @@ EVALUATION = Sampling(temperature=0.6, top_p=0.95, top_k=20)
 reads = APIRouter(prefix="/v1", tags=["jobs"])
 writes = APIRouter(prefix="/v1", tags=["jobs"])
 
-JobPath = Annotated[str, Path(pattern=r"^[0-9a-f]{12}$", description="Job id.", examples=["0123456789ab"])]
+JobPath = Annotated[str, Path(pattern=r"^[0-9a-f]{12}$", description="Job id.", examples=[JOB_ID])]
 NOT_FOUND = problem_docs(404)
+CURSOR = views.pack_cursor(-AT_S, int(JOB_ID, 16))
 
 
 def show(store: Store, job: Job) -> JobOut:
@@ -62,8 +64,7 @@ def show(store: Store, job: Job) -> JobOut:
     )
 
 
-def _find(store: Store, job_id: str) -> Job:
-    job = store.memory.jobs.get(job_id)
+def _found(job: Job | None, job_id: str) -> Job:
     if job is None:
         raise HTTPException(404, f"no job {job_id}")
     return job
@@ -112,22 +113,30 @@ def _of_split(store: Store, body: JobIn) -> list[str]:
 
 
 @reads.get("/jobs", summary="All jobs, newest first")
-async def list_jobs(store: StoreDep) -> list[JobOut]:
+async def list_jobs(
+    store: StoreDep,
+    limit: Annotated[int, Query(ge=1, description="Jobs a page; bounded by max_page.")] = 100,
+    cursor: Annotated[str | None, Query(max_length=100, description="From the page before.", examples=[CURSOR])] = None,
+) -> Jobs:
     """With their totals so far."""
-    return [show(store, job) for job in sorted(store.memory.jobs.values(), key=lambda job: -job.created_at_s)]
+    bound(limit, store.config.value_store.max_page, "jobs a page")
+    after = read_cursor(cursor)
+    places = {(-job.created_at_s, int(job.job_id, 16)): job for job in store.memory.jobs.values()}
+    left = sorted(place for place in places if after is None or place > after)
+    jobs = [show(store, places[place]) for place in left[:limit]]
+    return Jobs(jobs=jobs, cursor=views.pack_cursor(*left[limit - 1]) if len(left) > limit else None)
 
 
 @reads.get("/jobs/{job_id}", summary="One job", responses=NOT_FOUND)
 async def get_job(store: StoreDep, job_id: JobPath) -> JobOut:
     """With its totals so far."""
-    return show(store, _find(store, job_id))
+    return show(store, _found(store.memory.jobs.get(job_id), job_id))
 
 
 @writes.post("/jobs/{job_id}/cancel", summary="End a job early", responses=NOT_FOUND)
 async def cancel_job(store: StoreDep, job_id: JobPath) -> JobOut:
     """Nothing more is leased for it; its results so far stay. A finished job stays as it is."""
-    _find(store, job_id)
-    return show(store, await evaluations.cancel_job(store, job_id))
+    return show(store, _found(await evaluations.cancel_job(store, job_id), job_id))
 
 
 @reads.get(
@@ -148,7 +157,8 @@ async def get_results(store: StoreDep, job_id: JobPath) -> StreamingResponse:
     Fields: prompt_id, repetition, lease_id, reward (null: failed), version, turns, tool_calls, action_tokens,
     response_tokens, answer (what was boxed last), end_reason, failures.
     """
-    return StreamingResponse(_lines(store, _find(store, job_id)), media_type="application/x-ndjson")
+    job = _found(store.memory.jobs.get(job_id), job_id)
+    return StreamingResponse(_lines(store, job), media_type="application/x-ndjson")
 
 
 async def _lines(store: Store, job: Job) -> AsyncIterator[bytes]:

@@ -14,6 +14,7 @@ from services.value_store import ndjson, posterior, trajectories, views
 from services.value_store.evidence import HISTORY_FIELDS
 from services.value_store.examples import NEW_PROMPT
 from services.value_store.examples import PROMPT_ID as EXAMPLE_ID
+from services.value_store.memory import Memory
 from services.value_store.problems import problem_docs
 from services.value_store.prompts import Prompt, prior_of
 from services.value_store.schemas import PromptIn, ValuesQuery
@@ -36,6 +37,8 @@ from singlestream.streams.ledger import prompt_id
 SCANNED_PER_PAGE = 20_000
 """Prompts whose text one request searches: a page may be short while its cursor goes on."""
 SCANNED_AT_A_TIME = 1000
+HASHED_CHARACTERS = 64 * 1024 * 1024
+"""Of a look-up by texts in every source: this process does nothing else meanwhile."""
 
 reads = APIRouter(prefix="/v1", tags=["prompts"])
 writes = APIRouter(prefix="/v1", tags=["prompts"], route_class=ndjson.NdjsonRoute)
@@ -67,6 +70,14 @@ def bound(count: int, limit: int, what: str) -> None:
     """Refuse more than a request may hold."""
     if count > limit:
         raise HTTPException(422, f"{count} {what} in one request; the bound is {limit}")
+
+
+def read_cursor(cursor: str | None) -> tuple[float, int] | None:
+    """The place that a cursor names; None without one."""
+    try:
+        return views.unpack_cursor(cursor) if cursor else None
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
 
 
 @writes.post("/prompts", summary="Insert or update prompts in bulk", responses=problem_docs(409), openapi_extra=LINES)
@@ -105,10 +116,7 @@ async def list_prompts(
     """Pages follow one another by (order, id). A text search may return a short page with a cursor: go on from it."""
     bound(limit, store.config.value_store.max_page, "prompts a page")
     memory, retention = store.memory, store.retention
-    try:
-        after = views.unpack_cursor(cursor) if cursor else None
-    except ValueError as error:
-        raise HTTPException(422, str(error)) from error
+    after = read_cursor(cursor)
     filters = Filters(source, split, v_hat_min, v_hat_max, visits_min, visits_max, n_eff_min, n_eff_max)
     rows = views.matching(memory, retention, filters)
     keys = views.order_keys(memory, store.config.value_store, retention, order, rows)
@@ -120,7 +128,7 @@ async def list_prompts(
         places = views.page(keys, ids, step + 1, after)
         more, places = len(places) > step, places[:step]
         scanned += len(places)
-        for number, one in enumerate(await _with_texts(store, rows[places].tolist(), q), 1):
+        for number, one in enumerate(await _with_texts(store, memory, rows[places].tolist(), q), 1):
             after = (float(keys[places[number - 1]]), int(ids[places[number - 1]]))
             if one is not None:
                 found.append(one)
@@ -133,13 +141,13 @@ async def list_prompts(
             return Page(prompts=found, cursor=views.pack_cursor(*after))
 
 
-async def _with_texts(store: Store, rows: list[int], q: str | None) -> list[PromptValue | None]:
-    memory = store.memory
+async def _with_texts(store: Store, memory: Memory, rows: list[int], q: str | None) -> list[PromptValue | None]:
+    """Rows of that memory with their texts; None where Redis has none, or one without ``q`` in it."""
+    settings = store.config.value_store
     prompts = await store.fetch_prompts([memory.table.id(row) for row in rows])
     wanted = [p is not None and (q is None or q.casefold() in p.question.casefold()) for p in prompts]
-    shown = iter(
-        views.value_outs(memory, store.retention, [row for row, keep in zip(rows, wanted, strict=True) if keep])
-    )
+    kept = [row for row, keep in zip(rows, wanted, strict=True) if keep]
+    shown = iter(views.value_outs(memory, settings, store.retention, kept))
     return [
         views.prompt_out(next(shown), prompt) if keep and prompt is not None else None
         for prompt, keep in zip(prompts, wanted, strict=True)
@@ -149,8 +157,9 @@ async def _with_texts(store: Store, rows: list[int], q: str | None) -> list[Prom
 @reads.get("/prompts/{prompt_id}", summary="One prompt and its posterior", responses=NOT_FOUND)
 async def get_prompt(store: StoreDep, prompt_id: IdPath) -> PromptValue:
     """The interval and n_eff are faded by the policy's drift since the last evidence."""
-    row = store.memory.table.row(prompt_id)
-    shown = await _with_texts(store, [row], None) if row is not None else [None]
+    memory = store.memory
+    row = memory.table.row(prompt_id)
+    shown = await _with_texts(store, memory, [row], None) if row is not None else [None]
     if shown[0] is None:
         raise HTTPException(404, f"no prompt {prompt_id}")
     return shown[0]
@@ -195,11 +204,13 @@ async def lookup(store: StoreDep, query: ValuesQuery) -> Values:
     else:
         sources = table.sources if query.source is None else [query.source]
         bound(len(sources) * len(query.texts or ()), 1_000_000, "texts × sources")
+        bound(len(sources) * sum(map(len, query.texts or ())), HASHED_CHARACTERS, "characters × sources")
         rows = [
             next((row for source in sources if (row := table.row(prompt_id(source, text))) is not None), None)
             for text in query.texts or ()
         ]
     shown: dict[int, Value] = {}
     known = sorted({row for row in rows if row is not None})
-    shown.update(zip(known, views.value_outs(store.memory, store.retention, known), strict=True))
+    values = views.value_outs(store.memory, store.config.value_store, store.retention, known)
+    shown.update(zip(known, values, strict=True))
     return Values(values=[None if row is None else shown[row] for row in rows])

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Query, Response
-from starlette.exceptions import HTTPException
 
 from services.value_store import issuing, metrics, sampler, views
 from services.value_store.problems import problem_docs
@@ -27,6 +26,7 @@ from singlestream.clients.value_store_replies import (
     Version,
 )
 from singlestream.streams.ledger import read_ledger
+from singlestream.streams.training import VERSIONS_KEPT
 
 V_HAT_EDGES = tuple(i / 20 for i in range(21))
 N_EFF_EDGES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0, 26.0)
@@ -65,10 +65,9 @@ async def get_training(store: StoreDep) -> Training:
 def show_training(store: Store) -> Training:
     """What training does, from memory."""
     memory, run = store.memory, store.config.run
-    alive = any(replica.alive(time.time()) for replica in store.replicas)
     return Training(
         state=memory.state,
-        waiting_for=store.training_blocked_by() or (None if alive else "a living rollout replica"),
+        waiting_for=store.training_waits_for(),
         trained=memory.admission.ended["trained"],
         total=run.total_steps * run.train_batch_size,
         outstanding=memory.admission.outstanding,
@@ -99,22 +98,23 @@ async def get_ledger(store: StoreDep) -> Ledger:
 
 
 @reads.get("/v1/policy", summary="Policy versions and the drift clock")
-async def get_policy(store: StoreDep) -> Policy:
+async def get_policy(
+    store: StoreDep,
+    limit: Annotated[int, Query(ge=1, description="At most so many; the store keeps 1,024.")] = VERSIONS_KEPT,
+) -> Policy:
     """The versions published last, oldest first."""
     memory = store.memory
-    versions = [Version(**asdict(version)) for version in memory.versions]
+    versions = [Version(**asdict(version)) for version in [*memory.versions][-limit:]]
     return Policy(newest=versions[-1] if versions else None, z_now=memory.clock.now, versions=versions)
 
 
 @reads.get("/v1/preview", summary="What the sampler could draw next")
 async def preview(store: StoreDep, count: Annotated[int, Query(ge=1)] = 32) -> Preview:
-    """A draw that leases nothing; the next real draw is another one."""
+    """A draw that leases nothing; the next real draw is another one. Empty where every prompt is in flight."""
     bound(count, store.config.value_store.max_page, "prompts")
     weight = issuing.training_weights(store.memory, store.config.value_store, store.retention, store.rng)
-    if not weight.any():
-        raise HTTPException(503, "no prompt can be drawn: there are none for training, or all are in flight")
-    rows = sampler.draw(weight, count, store.rng)
-    return Preview(prompts=views.value_outs(store.memory, store.retention, rows.tolist()))
+    rows = sampler.draw(weight, count, store.rng).tolist()
+    return Preview(prompts=views.value_outs(store.memory, store.config.value_store, store.retention, rows))
 
 
 @reads.get("/v1/stats", summary="The table at a glance")

@@ -61,8 +61,10 @@ class ValuesQuery(Body):
     """Prompts to look up: by ids, or by exact texts of a source."""
 
     ids: list[PromptId] | None = Field(default=None, description="Ids to look up.")
-    texts: list[str] | None = Field(default=None, description="Exact questions to look up.")
-    source: str | None = Field(default=None, description="Source of the texts; null tries every known source.")
+    texts: list[Annotated[str, Field(max_length=1_000_000)]] | None = Field(
+        default=None, description="Exact questions to look up."
+    )
+    source: Name | None = Field(default=None, description="Source of the texts; null tries every known source.")
 
 
 class TrainingIn(Body):

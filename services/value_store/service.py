@@ -7,13 +7,13 @@ import contextlib
 import logging
 import signal
 import socket
-import time
 from collections.abc import Iterator
 
 import uvicorn
 
 from services.value_store import loops
 from services.value_store.app import make_app
+from services.value_store.ending import end
 from services.value_store.store import Store
 from singlestream.config import Config
 from singlestream.errors import ConfigError
@@ -102,18 +102,3 @@ async def run(config: Config) -> None:
             if task.done() and not task.cancelled():
                 task.exception()
         await redis.aclose()
-
-
-async def end(tasks: list[asyncio.Task[None]]) -> None:
-    """Cancel the loops until each has ended, within `SHUTDOWN_S`.
-
-    Once is not enough: redis-py sends under `asyncio.wait_for`, and that of Python 3.11 forgets a cancellation that
-    comes as the sending ends (CPython issue 86296, mended in 3.12).
-    """
-    deadline = time.monotonic() + SHUTDOWN_S
-    while (running := [task for task in tasks if not task.done()]) and time.monotonic() < deadline:
-        for task in running:
-            task.cancel()
-        await asyncio.wait(running, timeout=0.2)
-    if running:
-        log.error("%s did not end within %d s", ", ".join(task.get_name() for task in running), SHUTDOWN_S)

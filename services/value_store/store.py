@@ -1,4 +1,7 @@
-"""The one writer: every change of Redis passes here, one at a time, and memory follows only what has been written."""
+"""The one writer: every change of Redis passes here, one at a time.
+
+Memory is what Redis will hold once the change under way is written, and is forgotten if that is in doubt.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -38,8 +41,6 @@ COLLECT_AFTER_OBJECTS = 100_000
 """More than a few batches of updates hold, which die without Python's collector: it need not walk them."""
 PROMPTS_PER_SCRIPT = 1000
 """Prompts that one script writes: a long script holds up everyone."""
-
-
 ENTRIES_PER_SCRIPT = 768
 """Of a stream, applied at once: some 200 KB, which a socket's buffer takes whole while the next are planned."""
 
@@ -71,6 +72,8 @@ class Store:
         )
         self.rng = np.random.default_rng()
         self.replicas: list[Replica] = []
+        self.held: Mapping[Purpose, int] = {}
+        """Leases that replicas have taken and not ended, when last looked."""
         self.receipts = Receipts()
         self.memory_full = False
         self.rebuilds = 0
@@ -320,11 +323,19 @@ class Store:
         detail = "training was stopped before a replica took it"
         return Tombstone(lease_id=lease, prompt_id=prompt_id, reason="cancelled", detail=detail, attempts=0)
 
+    def training_waits_for(self) -> str | None:
+        """What training waits for now; None while leases are issued, and where nothing is to come."""
+        state, alive = self.memory.state, bool(self.alive_replicas())
+        if state == "stopping":
+            held = self.held.get("train", 0)
+            return f"{held} leases that replicas hold to end" + ("" if alive else ", and no replica lives to end them")
+        if state in ("stopped", "finished"):
+            return None
+        return self.training_blocked_by() or (None if alive else "a living rollout replica")
+
     def training_blocked_by(self) -> str | None:
         """Why no training lease is issued now; None where one may be."""
         memory, run = self.memory, self.config.run
-        if memory.state in ("stopping", "stopped", "finished"):
-            return f"nothing: training is {memory.state}"
         if memory.state != "running":
             return f"training to be set running (it is {memory.state})"
         if memory.newest is None:

@@ -44,41 +44,33 @@ def faded_n_eff(memory: Memory, retention: Retention) -> NDArray[np.float64]:
     return (memory.table.alpha + memory.table.beta) * issuing.fade_of(memory, retention)
 
 
-def value_outs(memory: Memory, retention: Retention, rows: Sequence[int]) -> list[Value]:
+def value_outs(memory: Memory, settings: ValueStoreConfig, retention: Retention, rows: Sequence[int]) -> list[Value]:
     """Posteriors of rows. Built without validation: the table holds what the model asks for."""
     index, table = np.array(rows, np.int64), memory.table
     alpha, beta = table.alpha[index], table.beta[index]
-    version = memory.newest.version if memory.newest else 0
-    fade = retention.fade(memory.clock.now, table.z_last[index], version, table.version[index])
-    columns = (
-        posterior.v_hat(alpha, beta),
-        (alpha + beta) * fade,
-        *posterior.interval(alpha * fade, beta * fade),
-        alpha,
-        beta,
-        table.visits[index],
-        table.version[index],
-        table.updated_at_s[index],
-        table.in_flight[index] > 0,
-        table.source[index],
-        table.split[index],
-    )
+    fade = issuing.fade_of(memory, retention, index)
+    fields: dict[str, NDArray[Any]] = {
+        "alpha": alpha,
+        "beta": beta,
+        "v_hat": posterior.v_hat(alpha, beta),
+        "weight": issuing.all_weights(memory, settings, retention, rows=index),
+        "n_eff": (alpha + beta) * fade,
+        "visits": table.visits[index],
+        "updated_at_s": table.updated_at_s[index],
+        "in_flight": table.in_flight[index] > 0,
+    }
+    others = (*posterior.interval(alpha * fade, beta * fade), table.version[index], table.source[index])
+    columns: tuple[NDArray[Any], ...] = (*others, table.split[index], *fields.values())
     return [
         Value.model_construct(
             prompt_id=table.id(row),
-            alpha=alpha_,
-            beta=beta_,
-            v_hat=mean,
-            n_eff=n_eff,
-            visits=visits,
             interval=(low, high),
-            version=newest if newest >= 0 else None,
-            updated_at_s=updated_at_s,
-            in_flight=in_flight,
+            version=version if version >= 0 else None,
             source=table.sources[source],
             split=SPLITS[split],
+            **dict(zip(fields, numbers, strict=True)),
         )
-        for row, mean, n_eff, low, high, alpha_, beta_, visits, newest, updated_at_s, in_flight, source, split in zip(
+        for row, low, high, version, source, split, *numbers in zip(
             rows, *(column.tolist() for column in columns), strict=True
         )
     ]
@@ -124,7 +116,7 @@ def order_keys(
     if order == "value":
         return posterior.v_hat(table.alpha[rows], table.beta[rows])
     if order == "weight":
-        return issuing.all_weights(memory, settings, retention)[rows]
+        return issuing.all_weights(memory, settings, retention, rows=rows)
     if order == "visits":
         return table.visits[rows].astype(np.float64)
     if order == "updated":

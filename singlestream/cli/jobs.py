@@ -27,6 +27,18 @@ DATASET_S = 1800.0
 """A data set must be loaded within this, from the hub too."""
 
 
+def _json_file(path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".json":
+        raise typer.BadParameter(f"the recipe's format is JSON: name it {path.name}.json")
+    return path
+
+
+def _share(top_p: float) -> float:
+    if not 0.0 < top_p <= 1.0:
+        raise typer.BadParameter(f"{top_p} is not in (0, 1]")
+    return top_p
+
+
 @contextmanager
 def _store(config: Path) -> Iterator[ValueStore]:
     """The run's value store; a named error ends the command with exit code 1, Ctrl-C with 130."""
@@ -55,7 +67,9 @@ def estimate(
     n: Annotated[int, typer.Option(min=1, max=1024, help="Rewards for each prompt.")] = 8,
     limit: LimitOption = None,
     prompts: PromptsOption = None,
-    export: Annotated[Path | None, typer.Option(help="Write the reference recipe's offline_values.json here.")] = None,
+    export: Annotated[
+        Path | None, typer.Option(callback=_json_file, help="Write the reference recipe's offline_values.json here.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Collect anew what has been estimated already.")] = False,
     stall_s: StallOption = STALL_S,
 ) -> None:
@@ -70,8 +84,8 @@ def estimate(
             f"mean {job.reward_mean or 0.0:.3f}; the priors of unvisited prompts are set"
         )
         if export is not None:
-            store.export_file(export.with_suffix(".json"), job.job_id)
-            typer.echo(f"{export.with_suffix('.json')}: the rewards by prompt")
+            store.export_file(export, job.job_id)
+            typer.echo(f"{export}: the rewards by prompt")
 
 
 def _post(store: ValueStore, path: Path) -> list[str]:
@@ -95,7 +109,7 @@ def evaluate(
         str, typer.Option(help="Of the named data sets; with /grader for another one.")
     ] = "math_python",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="1 switches it off.")] = 0.95,
+    top_p: Annotated[float, typer.Option(callback=_share, help="In (0, 1]; 1 switches it off.")] = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="0 means no limit.")] = 20,
     pinned: Annotated[bool, typer.Option(help="One policy version samples everything, on replicas of its own.")] = True,
     again: Annotated[bool, typer.Option("--again", help="A job of its own, also where the same is under way.")] = False,
@@ -159,6 +173,7 @@ def read_dataset(name: str, environment: str) -> list[NewPrompt]:
 def _show(job: Job, found: Sequence[Benchmark]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     policy = f"policy {job.version}.{job.lineage}" if job.pinned else f"policies {', '.join(map(str, job.versions))}"
     table = Table(title=f"{policy}, {job.n} samples a prompt, in % with 95 % intervals")
@@ -167,7 +182,7 @@ def _show(job: Job, found: Sequence[Benchmark]) -> None:
     for one in found:
         measured = (one.avg, one.maj.get(job.n), one.pass_.get(job.n))
         cells = ["-" if m is None else f"{100 * m.value:.1f}\n{100 * m.low:.3g}–{100 * m.high:.3g}" for m in measured]
-        table.add_row(one.name, str(one.prompts), *cells, f"{one.response_tokens_mean:.0f}", str(one.failed))
+        table.add_row(Text(one.name), str(one.prompts), *cells, f"{one.response_tokens_mean:.0f}", str(one.failed))
     if len(found) > 1:
         table.add_row("mean", "", f"{100 * sum(one.avg.value for one in found) / len(found):.1f}")
     Console().print(table)

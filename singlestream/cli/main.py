@@ -27,13 +27,20 @@ ConfigOption = values.ConfigOption
 
 
 def run_until_signal(work: Coroutine[Any, Any, None]) -> None:
-    """Run ``work``; Ctrl-C or SIGTERM cancels it, so that it stops its services cleanly."""
+    """Run ``work``; Ctrl-C or SIGTERM cancels it, so that it stops its services cleanly, once however often."""
 
     async def main() -> None:
         task = asyncio.ensure_future(work)
+
+        def stop() -> None:
+            if task.cancelling():  # cancelled once more, it would leave services behind
+                typer.echo("still stopping the services", err=True)
+            else:
+                task.cancel()
+
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, stop)
         await task
 
     try:

@@ -12,9 +12,18 @@ from singlestream.cli.values import ConfigOption
 REQUEST_TIMEOUT_S = 30.0
 
 
+def _at_least_one(replicas: int) -> int:
+    if replicas < 1:
+        raise typer.BadParameter(
+            "at least 1: without a replica nobody would answer the next `singlestream scale`. "
+            "`singlestream training paused` stops training, POST /v1/control of the rollout service its replicas."
+        )
+    return replicas
+
+
 def scale(
     service: Annotated[Literal["rollout"], typer.Argument(help="What to scale.")],
-    replicas: Annotated[int, typer.Argument(min=0, max=1024, help="Most replicas from now on.")],
+    replicas: Annotated[int, typer.Argument(max=1024, callback=_at_least_one, help="Most replicas from now on.")],
     config: ConfigOption,
 ) -> None:
     """Set how many rollout replicas the run may have; training goes on meanwhile."""

@@ -44,7 +44,8 @@ async def _status(config: Config) -> dict[str, str | None]:
                 now = await store.training()
             if now.state == "finished":
                 waits["learner"] = None
-            told = now.state == "running" and waits["redis"] is None  # without Redis the store knows no replica
+            # without Redis the store knows no replica
+            told = now.state in ("running", "stopping") and waits["redis"] is None
             reason = f", waits for {now.waiting_for}" if told and now.waiting_for else ""
             typer.echo(f"training: {now.state}{reason}; {now.trained} of {now.total} trajectories trained")
         for name, waiting_for in waits.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -53,12 +54,14 @@ def _json(models: BaseModel | list[BaseModel]) -> None:
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    # Text, not str: in that, rich takes what stands in brackets for markup, and questions are full of intervals.
+    table = Table(title=Text(title))
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
@@ -72,6 +75,7 @@ def _show_prompts(title: str, prompts: list[PromptValue], as_json: bool) -> None
     rows = [
         [
             prompt.question if len(prompt.question) <= 48 else prompt.question[:47] + "…",
+            f"{prompt.weight:.3f}",
             f"{prompt.v_hat:.3f}",
             f"{prompt.interval[0]:.2f}–{prompt.interval[1]:.2f}",
             f"{prompt.n_eff:.1f}",
@@ -81,7 +85,7 @@ def _show_prompts(title: str, prompts: list[PromptValue], as_json: bool) -> None
         ]
         for prompt in prompts
     ]
-    _table(title, ["question", "v̂", "95 %", "n_eff", "visits", "version", "id"], rows)
+    _table(title, ["question", "weight", "v̂", "95 %", "n_eff", "visits", "version", "id"], rows)
 
 
 @app.command()
@@ -111,8 +115,8 @@ def search(
 ) -> None:
     """Prompts whose question contains a text."""
     with open_store(config) as store:
-        page = store.list(q=text, limit=limit)
-    _show_prompts(f"questions with {text!r}", page.prompts, as_json)
+        found = list(islice(store.iterate(q=text, limit=limit), limit))
+    _show_prompts(f"questions with {text!r}", found, as_json)
 
 
 @app.command()
@@ -173,12 +177,19 @@ def stats(config: ConfigOption, as_json: JsonOption = False) -> None:
 def import_(
     config: ConfigOption,
     path: Annotated[Path, typer.Argument(exists=True, help=".ndjson, .jsonl, .parquet, or the recipe's .json.")],
-    source: Annotated[str | None, typer.Option(help="Source of prompts that name none.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Of the texts in the recipe's .json; otherwise every source is tried.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Insert prompts, with priors where the file has rewards."""
     with open_store(config) as store:
         answer = store.import_file(path, source)
-    _json(answer)
+    if as_json:
+        _json(answer)
+        return
+    names = {"prompts": "prompts inserted or updated", "priors": "of these with a prior", "unknown": "unknown texts"}
+    _table(str(path), ["", "number"], [[words, str(getattr(answer, name))] for name, words in names.items()])
 
 
 @app.command()
@@ -186,11 +197,13 @@ def export(
     config: ConfigOption,
     path: Annotated[Path, typer.Argument(help=".ndjson or .parquet: prompts and values; .json: a job's rewards.")],
     job: Annotated[str | None, typer.Option(help="Estimation job, for .json.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write every prompt and its value to a file."""
     with open_store(config) as store:
         store.export_file(path, job)
-    typer.echo(f"{path}: {path.stat().st_size} bytes")
+    size = path.stat().st_size
+    typer.echo(json.dumps({"path": str(path), "bytes": size}) if as_json else f"{path}: {size} bytes")
 
 
 def ledger(config: ConfigOption, as_json: JsonOption = False) -> None:

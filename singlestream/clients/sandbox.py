@@ -7,7 +7,8 @@ lease goes back.
 ::
 
     SandboxError
-    ├── SandboxRefused       the request itself is wrong or too large (413, 422): do not send it again
+    ├── SandboxRefused       the request is wrong or too large for this gateway (400, 413, 422), or the address is
+    │                        no gateway's (404, 405): do not send it again
     ├── SandboxUnavailable   still failing at the deadline, after bounded retries; its cause is in the text
     └── IsolationUnavailable the gateway's host cannot isolate: no retry helps, an operator must act
 
@@ -43,7 +44,11 @@ gateway's restart.
 CONNECT_TIMEOUT_S = 2.0
 """A gateway on the same network answers a connect in milliseconds."""
 NO_RETRY_STATUSES = (400, 404, 405, 413, 422)
-"""Answers about the request: the same request gets the same answer."""
+"""Answers about the request or its address: the same request gets the same answer.
+
+None of them is about the code alone: 404 and 405 come from a wrong address, 422 from a gateway with tighter settings,
+413 also from a proxy before it.
+"""
 
 
 class SandboxRefused(SandboxError):
@@ -155,10 +160,9 @@ class SandboxClient:
         body = request.model_dump_json().encode()
         backoff_s = FIRST_BACKOFF_S
         last = "no answer"
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            left_s = deadline_s - (time.monotonic() - begun_s)
-            if left_s <= 0:
-                break
+        attempts = 0
+        while attempts < MAX_ATTEMPTS and (left_s := deadline_s - (time.monotonic() - begun_s)) > 0:
+            attempts += 1
             try:
                 result = await self._attempt(body, left_s)
             except _Fault as fault:
@@ -166,7 +170,7 @@ class SandboxClient:
                 # Jitter, so that the callers of a restarted gateway do not come back all at once.
                 wait_s = max(backoff_s * random.uniform(0.5, 1.0), fault.retry_after_s or 0.0)  # noqa: S311  not for security
                 backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
-                if attempt == MAX_ATTEMPTS or time.monotonic() - begun_s + wait_s >= deadline_s:
+                if attempts == MAX_ATTEMPTS or time.monotonic() - begun_s + wait_s >= deadline_s:
                     break
                 self.counts[f"retry_{fault.kind}"] += 1
                 await asyncio.sleep(wait_s)
@@ -174,7 +178,7 @@ class SandboxClient:
                 self.counts[result.status] += 1
                 return result
         self.counts["unavailable"] += 1
-        raise SandboxUnavailable(attempt, time.monotonic() - begun_s, last)
+        raise SandboxUnavailable(attempts, time.monotonic() - begun_s, last)
 
     async def _attempt(self, body: bytes, left_s: float) -> ExecuteResult:
         timeout = {"connect": min(left_s, CONNECT_TIMEOUT_S), "read": left_s, "write": left_s, "pool": left_s}

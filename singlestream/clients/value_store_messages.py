@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypedDict, TypeVar, cast
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from singlestream.clients.value_store_replies import Job, Reply, Split
+from singlestream.clients.value_store_replies import Reply, Split
 from singlestream.contracts import Sampling
 from singlestream.errors import ConfigError, ServiceError
 
 Order = Literal["id", "value", "weight", "visits", "n_eff", "updated"]
+
+TIMEOUT_S = 60.0
+"""Of one request."""
+IMPORT_TIMEOUT = httpx.Timeout(TIMEOUT_S, read=3600.0)
+"""The store answers an import once all of it is in: half a minute for each million prompts, measured."""
 
 PROMPTS_PER_REQUEST = 2000
 """Longer lists are sent in parts; the store's bound is its setting ``max_prompts_per_request``."""
@@ -78,15 +84,14 @@ class Request:
         return options
 
 
-T = TypeVar("T")
+T = TypeVar("T", bound=BaseModel)
 
 
-def read_reply(request: Request, reply: httpx.Response, kind: type[T] | TypeAdapter[T]) -> T:
+def read_reply(request: Request, reply: httpx.Response, kind: type[T]) -> T:
     """A reply as a model. Raises `ServiceError`."""
     check_reply(request, reply)
-    adapter = kind if isinstance(kind, TypeAdapter) else TypeAdapter(kind)
     try:
-        return adapter.validate_json(reply.content)
+        return kind.model_validate_json(reply.content)
     except ValidationError as error:
         detail = f"the reply is not what this client knows: {error}"
         raise ServiceError("value_store", f"{request.method} {reply.url}", detail, reply.status_code) from error
@@ -131,9 +136,39 @@ def value_requests(ids: Sequence[str] | None, texts: Sequence[str] | None, sourc
         yield Request("POST", "/v1/values", {name: part, "source": source})
 
 
-def list_request(filters: dict[str, Any]) -> Request:
-    """Request for one page."""
-    return Request("GET", "/v1/prompts", params=filters)
+class PromptFilters(TypedDict, total=False):
+    """What ``GET /v1/prompts`` takes; bounds are included, and one left out, or None, is open."""
+
+    source: str | None
+    split: Split | None
+    q: str | None
+    """Text in the question, any case."""
+    v_hat_min: float | None
+    v_hat_max: float | None
+    visits_min: int | None
+    visits_max: int | None
+    n_eff_min: float | None
+    """Of n_eff as it is now, faded."""
+    n_eff_max: float | None
+    order: Order
+    """Default: id."""
+    descending: bool
+    limit: int
+    """Prompts a page."""
+    cursor: str | None
+    """From the page before."""
+
+
+def list_request(filters: PromptFilters) -> Request:
+    """Request for one page. Raises TypeError for a filter that there is not: the store would pass over it."""
+    if unknown := filters.keys() - PromptFilters.__annotations__.keys():
+        raise TypeError(f"no such filter: {', '.join(sorted(unknown))}")
+    return Request("GET", "/v1/prompts", params=cast(dict[str, Any], filters))
+
+
+def jobs_request(cursor: str | None) -> Request:
+    """Request for one page of jobs."""
+    return Request("GET", "/v1/jobs", params={"cursor": cursor})
 
 
 def job_request(
@@ -158,9 +193,6 @@ def job_request(
         "resume": resume,
     }
     return Request("POST", "/v1/jobs", body)
-
-
-JOBS = TypeAdapter(list[Job])
 
 
 Format = Literal["ndjson", "parquet", "offline_values"]
@@ -195,3 +227,15 @@ def format_of(path: Path) -> Format:
     if path.suffix not in formats:
         raise ConfigError(f"{path}: the name must end in one of {', '.join(formats)}, which says the format")
     return formats[path.suffix]
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name once all of it is written; of a part nothing is left."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from singlestream.contracts import Sampling
 
 PROMPT_ID = r"^[0-9a-f]{16}$"
-PromptId = Annotated[str, Field(pattern=PROMPT_ID, examples=["3f2a9c01d4e5b677"])]
+PromptId = Annotated[str, Field(pattern=PROMPT_ID, examples=["fd050b7395755f9d"])]
 """16 hex digits: a hash of the source and the question."""
+Interval = Annotated[
+    tuple[float, float],
+    WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}),
+]
+"""(low, high); a list in the document, as generators of clients know it."""
 Split = Literal["train", "eval"]
 TrainingState = Literal["running", "paused", "stopping", "stopped", "finished"]
 
@@ -31,9 +36,13 @@ class Value(Reply):
     alpha: float = Field(gt=0, description="Pseudo-count of success.")
     beta: float = Field(gt=0, description="Pseudo-count of failure.")
     v_hat: float = Field(gt=0, lt=1, description="Posterior mean α/(α+β): the baseline of the next lease.")
+    weight: float = Field(
+        gt=0,
+        description="What the draw goes by, of a training prompt not in flight; thompson: that of the posterior mean.",
+    )
     n_eff: float = Field(gt=0, description="Observations that the posterior is worth now, faded by the policy's drift.")
     visits: int = Field(ge=0, description="Leases counted.")
-    interval: tuple[float, float] = Field(description="95 % credible interval of the success rate.")
+    interval: Interval = Field(description="95 % credible interval of the success rate.")
     version: int | None = Field(description="Policy version of the newest evidence; null without any.")
     updated_at_s: float = Field(description="Unix time of the last change.")
     in_flight: bool = Field(description="Whether a training lease of this prompt is outstanding.")
@@ -73,7 +82,7 @@ class HistoryEntry(Reply):
     v_hat_before: float
     v_hat_after: float
     n_eff: float = Field(description="After the update.")
-    interval: tuple[float, float] = Field(description="95 % credible interval of the success rate after the update.")
+    interval: Interval = Field(description="95 % credible interval of the success rate after the update.")
     z: float = Field(description="Drift clock of that version.")
     v_hat_at_lease: float = Field(description="Baseline frozen at the lease.")
     at_s: float
@@ -137,7 +146,10 @@ class Training(Reply):
     state: TrainingState = Field(
         description="stopping: the end marker is not in the stream yet; stopped: it is; finished: all steps trained."
     )
-    waiting_for: str | None = Field(description="Why no training lease is issued now; null where they are issued.")
+    waiting_for: str | None = Field(
+        description="Why no training lease is issued now, or what an early stop waits for; null where leases are "
+        "issued, and once training has ended."
+    )
     trained: int
     total: int = Field(description="Trajectories that the run trains on: total_steps × train_batch_size.")
     outstanding: int
@@ -168,6 +180,13 @@ class Job(Reply):
     sampling: Sampling
     created_at_s: float
     finished_at_s: float | None
+
+
+class Jobs(Reply):
+    """One page of the list of jobs."""
+
+    jobs: list[Job]
+    cursor: str | None = Field(description="Pass it to get the next page; null on the last one.")
 
 
 class PurposeLedger(Reply):

@@ -31,7 +31,7 @@ class Progress(Message):
     """Model turns finished."""
     tool_calls: list[ToolCall]
     started_at_s: float
-    """Unix time at which the first attempt took the lease."""
+    """Unix time at which the first attempt took the lease, later by what it has waited for a replica since."""
 
 
 class Lease(Message):
@@ -40,7 +40,7 @@ class Lease(Message):
     Example::
 
         Lease(lease_id="train:5f3a9c01:17", prompt_id="a1b2", question="47*91=?", answer="4277",
-              environment="math_python", v_hat=0.4, version=4, lineage=1,
+              source="multiply", environment="math_python", v_hat=0.4, version=4, lineage=1,
               sampling=Sampling(temperature=1, top_p=1, top_k=0), issued_at_s=1.7e9)
     """
 
@@ -50,6 +50,8 @@ class Lease(Message):
     """The task's text, without any chat template."""
     answer: str
     """Ground truth for the grader."""
+    source: str = "default"
+    """Data set that the prompt came from, as it was posted."""
     environment: str
     """Name of the environment that runs and grades it."""
     v_hat: float = Field(gt=0.0, lt=1.0)

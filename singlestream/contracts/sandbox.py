@@ -17,6 +17,10 @@ MAX_CODE_BYTES = 256 << 10
 """Longest code, in bytes of UTF-8; longer is refused with 413."""
 MAX_STDIN_BYTES = 1 << 20
 """Longest standard input, in bytes of UTF-8; longer is refused with 413."""
+MAX_CPU_S = 600.0
+"""Most CPU time that a request may ask for."""
+MAX_MEMORY_MB = 4096
+"""Most memory that a request may ask for, in MiB."""
 
 RunStatus = Literal["ok", "error", "timeout", "memory_limit", "output_limit", "killed"]
 """How a snippet ended.
@@ -39,9 +43,9 @@ class ExecuteRequest(_Message):
     """Standard input, at most 1 MiB of UTF-8. Empty means end of file at once."""
     timeout_s: float = Field(default=10.0, gt=0.0, le=60.0)
     """Wall time of the run in seconds, (0, 60]; waiting in the queue does not count."""
-    cpu_s: float = Field(default=10.0, gt=0.0, le=600.0)
+    cpu_s: float = Field(default=10.0, gt=0.0, le=MAX_CPU_S)
     """CPU time of all threads together in seconds, (0, 600]; the kernel ends the run two seconds later."""
-    memory_mb: int | None = Field(default=None, ge=64, le=4096)
+    memory_mb: int | None = Field(default=None, ge=64, le=MAX_MEMORY_MB)
     """Memory in MiB that the snippet may map beyond the warm interpreter, 64–4096.
 
     None means the gateway's setting, 1024 by default.

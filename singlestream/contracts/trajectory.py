@@ -99,7 +99,7 @@ class Trajectory(Message):
     attempts: int = Field(ge=1)
     """How many replicas started this lease, this one included."""
     started_at_s: float
-    """Unix time at which the first attempt took the lease."""
+    """Unix time at which the first attempt took the lease, later by what it has waited for a replica since."""
     finished_at_s: float
     """Unix time at which the episode was graded."""
 

@@ -5,7 +5,7 @@ No other module knows a key or a script.
 
 from singlestream.streams.connection import LOST, connect, persist, wait_for_redis
 from singlestream.streams.keys import GROUP, Keys
-from singlestream.streams.leases import Held, LeaseConsumer
+from singlestream.streams.leases import Held, LeaseConsumer, begun_later
 from singlestream.streams.training import LearnerStreams, newest_version
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Keys",
     "LearnerStreams",
     "LeaseConsumer",
+    "begun_later",
     "connect",
     "newest_version",
     "persist",

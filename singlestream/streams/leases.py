@@ -9,6 +9,7 @@ repeated call after a lost reply alike.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,21 @@ class Held:
 
     lease: Lease
     entry: str
+
+    @property
+    def progress(self) -> Progress | None:
+        """What the lease came with, as if no time had passed since: nothing that was done in it has been kept.
+
+        By Redis' clock, which wrote the entry, and this machine's.
+        """
+        return begun_later(self.lease.progress, time.time() - int(self.entry.partition("-")[0]) / 1000)
+
+
+def begun_later(progress: Progress | None, seconds: float) -> Progress | None:
+    """The same progress, begun so much later: what an episode waits for a replica is no part of its wall time."""
+    if progress is None:
+        return None
+    return progress.model_copy(update={"started_at_s": progress.started_at_s + max(0.0, seconds)})
 
 
 class LeaseConsumer:
@@ -218,7 +234,7 @@ class LeaseConsumer:
             return False
         if held.lease.attempts + 1 >= max_attempts:
             return await self.fail(held, "attempts", f"its holder went silent, {max_attempts} times in all")
-        return await self.hand_over(held, held.lease.progress, count_attempt=True)
+        return await self.hand_over(held, held.progress, count_attempt=True)
 
     async def _end_entry(self, stream: str, number: str, entry: str, targets: Sequence[tuple[str, bytes]]) -> bool:
         reply = await self._end(

@@ -102,6 +102,18 @@ class LearnerStreams:
             await self._scripts["take_over"](keys=[self.keys.fence("learner"), self.keys.lineage], args=[self.token])
         )
 
+    async def is_known(self) -> bool:
+        """Whether a learner of this run has ever taken over: False on a Redis that is new, or has lost its data."""
+        return bool(await self.redis.exists(self.keys.lineage))
+
+    async def drift_clock(self) -> dict[int, float]:
+        """Version → z, of every version that was ever published."""
+        return {int(version): float(z) for version, z in (await self.redis.hgetall(self.keys.clock)).items()}
+
+    async def is_paused(self) -> bool:
+        """Whether training is paused, so that no trajectory can be expected."""
+        return bool(await self.redis.get(self.keys.state) == b"paused")
+
     async def _fenced(self, script: str, keys: Sequence[str], args: Sequence[str | bytes | float]) -> None:
         reply = await self._scripts[script](keys=[self.keys.fence("learner"), *keys], args=[self.token, *args])
         if reply is None:

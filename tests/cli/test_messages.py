@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from singlestream.cli.connect import async_store_of
-from singlestream.cli.main import app
+from singlestream.cli.main import app, run_until_signal
 from singlestream.cli.up import begin, check_environments, read_prompts
 from singlestream.clients.value_store import NewPrompt
 from singlestream.config import load_config
@@ -58,6 +61,21 @@ def test_a_file_that_cannot_be_used(config: Path, tmp_path: Path) -> None:
     told = run("up", "--config", str(config))
     assert told.exit_code == 1
     assert told.output == f"error: {tmp_path}/r: File exists\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["scale", "rollout", "0"], "at least 1"),
+        (["estimate", "--export", "values.v1"], "name it values.v1.json"),
+        (["eval", "--top-p", "0"], "0.0 is not in (0, 1]"),
+    ],
+    ids=["scale", "export", "top-p"],
+)
+def test_a_value_that_cannot_be_is_told_before_anything_is_asked(config: Path, command: list[str], says: str) -> None:
+    told = run(*command, "--config", str(config))
+    assert told.exit_code == 2
+    assert says in " ".join(told.output.replace("│", " ").split())  # out of its box, whatever the terminal's width
 
 
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path) -> None:
@@ -122,3 +140,22 @@ async def test_the_status_of_a_run(tmp_path: Path, keys: Keys, redis_server: Emb
         assert told.output.startswith("no jobs")
     finally:
         await asyncio.to_thread(store.stop)
+
+
+def test_a_second_ctrl_c_does_not_cut_the_stop_short(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(30):
+                while "still stopping" not in capsys.readouterr().err:
+                    await asyncio.sleep(0.01)
+            stopped.append("the services")
+
+    with pytest.raises(typer.Exit):
+        run_until_signal(work())
+    assert stopped == ["the services"]

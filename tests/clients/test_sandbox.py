@@ -164,6 +164,14 @@ async def test_deadline_covers_everything(scripted: Any) -> None:
     assert 0.25 < time.monotonic() - begun_s < 30
 
 
+async def test_an_attempt_that_was_not_made_is_not_counted(scripted: Any) -> None:
+    script = await scripted(OK)
+    async with SandboxClient(script.url) as client:
+        with pytest.raises(SandboxUnavailable) as caught:
+            await client.execute(REQUEST, deadline_s=0.0)
+    assert caught.value.attempts == len(script.bodies) == 0
+
+
 async def test_attempts_are_bounded(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "FIRST_BACKOFF_S", 0.0)
     monkeypatch.setattr(sandbox, "LONGEST_BACKOFF_S", 0.0)

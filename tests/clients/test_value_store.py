@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -149,6 +151,55 @@ def test_bad_arguments_never_reach_the_wire() -> None:
             store.upsert([NewPrompt(question="q", answer="a", prior_rewards=[1.5])])
         with pytest.raises(ValueError, match="either ids or texts"):
             store.values()
+        with pytest.raises(TypeError, match="no such filter: v_hat_mim"):
+            store.list(v_hat_mim=0.5)
+        with pytest.raises(TypeError, match="no such filter: v_hat_mim"):
+            next(store.iterate(v_hat_mim=0.5))
+
+
+class BreaksOff(httpx.AsyncByteStream, httpx.SyncByteStream):
+    """A reply whose connection is lost behind its first bytes."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"half of"
+        raise httpx.ReadError("gone")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"half of"
+        raise httpx.ReadError("gone")
+
+
+async def test_an_export_is_whole_or_not_there(tmp_path: Path) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=BreaksOff()))
+    before, new = tmp_path / "before.ndjson", tmp_path / "new.parquet"
+    before.write_text("what was exported yesterday")
+    with ValueStore("http://127.0.0.1:9", transport=transport) as store:
+        for path in (before, new):
+            with pytest.raises(ServiceError, match="ReadError: gone"):
+                store.export_file(path)
+    async with AsyncValueStore("http://127.0.0.1:9", transport=transport) as store:
+        for path in (before, new):
+            with pytest.raises(ServiceError, match="ReadError: gone"):
+                await store.export_file(path)
+    assert os.listdir(tmp_path) == [before.name]
+    assert before.read_text() == "what was exported yesterday"
+
+
+async def test_an_import_is_given_the_time_it_takes(tmp_path: Path) -> None:
+    """Nothing comes back before all prompts are in: for a million that is half a minute."""
+    waits: list[float] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        waits.append(request.extensions["timeout"]["read"])
+        return httpx.Response(200, json={"prompts": 0, "priors": 0, "unknown": 0})
+
+    path, transport = tmp_path / "in.jsonl", httpx.MockTransport(answer)
+    path.write_text("")
+    with ValueStore("http://127.0.0.1:9", transport=transport) as store:
+        store.import_file(path)
+    async with AsyncValueStore("http://127.0.0.1:9", transport=transport) as store:
+        await store.import_file(path)
+    assert waits == [3600.0, 3600.0]
 
 
 def test_both_clients_have_the_same_methods() -> None:

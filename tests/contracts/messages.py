@@ -53,6 +53,7 @@ def lease(**changes: object) -> Lease:
         "prompt_id": "a1b2",
         "question": "47*91=?",
         "answer": "4277",
+        "source": "multiply",
         "environment": "tiny_tool",
         "v_hat": 0.4,
         "version": 4,

@@ -36,7 +36,9 @@ def test_golden_bytes(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "absent"), [("lease", {"pinned": False}), ("trajectory", {"answer": None})], ids=["lease", "trajectory"]
+    ("kind", "absent"),
+    [("lease", {"pinned": False, "source": "default"}), ("trajectory", {"answer": None})],
+    ids=["lease", "trajectory"],
 )
 def test_bytes_from_before_a_field_was_added_are_read_with_its_default(kind: str, absent: dict[str, object]) -> None:
     older = decode(bytes.fromhex((GOLDEN / "older" / f"{kind}.hex").read_text()))

@@ -73,6 +73,7 @@ def nodes() -> dict[str, dict[str, Any]]:
             profile=part,
             HEAD_IP="10.0.0.1",
             NODE_IP="10.0.0.2",
+            LEARNER_IP="10.0.0.9",
         )
         for part in ("head", "rollout", "learner")
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ ONE_SHOTS = {"init", "model", "prompts"} | TOOLS
 LONG_RUNNING = {"redis", "value_store", "sandbox_gateway", "rollout", "learner"}
 """Services of the main file; overlays add Ray's head and monitoring."""
 MONITORING = {"prometheus", "grafana"}
+RAY = {"ray_head", "sandbox_relay"}
 OVERLAYS = sorted(DEPLOY.glob("compose.*.yml"))
 
 
-def healthcheck_of(service: dict[str, Any]) -> bool:
-    """Whether the service, or the stage of the Dockerfile that it is built from, checks its health."""
+def healthcheck_of(service: dict[str, Any], composed: dict[str, Any]) -> bool:
+    """Whether the service, or the stage of the Dockerfile that its image is built from, checks its health."""
     if "healthcheck" in service:
         return not service["healthcheck"].get("disable", False)
-    build = service["build"]
+    (build,) = (
+        one["build"] for one in composed["services"].values() if one["image"] == service["image"] and "build" in one
+    )
     stages = re.split(r"^FROM ", (ROOT / build["dockerfile"]).read_text(), flags=re.M)
     return any(f" AS {build['target']}\n" in stage and "\nHEALTHCHECK " in stage for stage in stages)
 
@@ -42,14 +46,14 @@ def composed(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_every_service_is_known(cpu: dict[str, Any], cpu_ray: dict[str, Any], gpu: dict[str, Any]) -> None:
     assert set(cpu["services"]) == ONE_SHOTS | LONG_RUNNING
-    assert set(cpu_ray["services"]) == set(gpu["services"]) == ONE_SHOTS | LONG_RUNNING | MONITORING | {"ray_head"}
+    assert set(cpu_ray["services"]) == set(gpu["services"]) == ONE_SHOTS | LONG_RUNNING | MONITORING | RAY
 
 
 @pytest.mark.parametrize(
     ("profile", "parts"),
     [
-        ("cpu", {"rollout", "learner", "ray_head", "model", "prompts"}),
-        ("gpu", {"rollout", "learner", "ray_head"}),
+        ("cpu", {"rollout", "learner", "model", "prompts"} | RAY),
+        ("gpu", {"rollout", "learner"} | RAY),
         ("monitoring", MONITORING),
         ("tools", TOOLS),
     ],
@@ -57,6 +61,18 @@ def test_every_service_is_known(cpu: dict[str, Any], cpu_ray: dict[str, Any], gp
 def test_each_profile_by_itself_has_its_part(profile: str, parts: set[str]) -> None:
     composed = resolve(*env_file()["COMPOSE_FILE"].split(":"), env_file=".env.example", profile=profile)
     assert set(composed["services"]) == {"init", "redis", "value_store", "sandbox_gateway"} | parts
+
+
+def test_each_image_has_one_builder_and_is_never_pulled(composed: dict[str, Any]) -> None:
+    """Builds run side by side, and two that export one name fail (docker/buildx#3576)."""
+    built = Counter(service["image"] for service in composed["services"].values() if "build" in service)
+    assert set(built.values()) == {1}
+    for name, service in composed["services"].items():
+        if service["image"].startswith("singlestream-"):
+            assert service["image"] in built, name
+            assert "build" in service or service["pull_policy"] == "never", name
+    # What everything waits for builds the image of those that any part of the file may start.
+    assert "build" in composed["services"]["init"]
 
 
 def test_up_of_every_profile_starts_no_one_shot_that_nothing_waits_for(cpu: dict[str, Any]) -> None:
@@ -75,7 +91,7 @@ def test_long_running_services_restart_and_check_their_health(composed: dict[str
     for name in long_running(composed):
         service = composed["services"][name]
         assert service["restart"] == "unless-stopped", name
-        assert healthcheck_of(service), name
+        assert healthcheck_of(service, composed), name
 
 
 def test_one_shots_run_once(composed: dict[str, Any]) -> None:
@@ -119,6 +135,7 @@ def test_each_service_mounts_its_own_secrets_only_to_read(composed: dict[str, An
         mounts = [volume for volume in service.get("volumes", []) if volume["target"] == "/run/secrets"]
         expected = {
             "sandbox_gateway": [],
+            "sandbox_relay": [],
             "model": [],
             "prompts": ["secrets_tools"],
             "ray_head": ["secrets_rollout"],
@@ -137,25 +154,29 @@ def test_the_sandbox_is_alone(composed: dict[str, Any]) -> None:
     assert any(option.startswith("seccomp:") for option in sandbox["security_opt"])
     assert sandbox["mem_limit"] == sandbox["memswap_limit"]
     assert sandbox["pids_limit"]
-    # A replica shares its network, and listens on the other one.
+    # A replica shares its network and listens on the other one; a node of Ray cannot choose, and has a relay that does.
+    caller, listens = ("sandbox_relay", "RELAY") if "ray_head" in composed["services"] else ("rollout", "ROLLOUT")
     beside = {name for name, s in composed["services"].items() if "sandbox" in (s.get("networks") or {})}
-    assert beside == {"sandbox_gateway", "rollout"} | {"prometheus"} & set(composed["services"])
-    assert composed["services"]["rollout"]["environment"]["SINGLESTREAM_ROLLOUT__HOST_TOWARDS"] == "redis"
+    assert beside == {"sandbox_gateway", caller} | {"prometheus"} & set(composed["services"])
+    assert composed["services"][caller]["environment"][f"SINGLESTREAM_{listens}__HOST_TOWARDS"] == "redis"
     if "prometheus" in composed["services"]:
         assert "--web.listen-address=prometheus-front:9090" in composed["services"]["prometheus"]["command"]
 
 
 def test_rays_processes_ask_for_a_token(cpu_ray: dict[str, Any], gpu: dict[str, Any]) -> None:
-    """A replica's container is on the sandbox's network too, and Ray listens on every address."""
+    """And call the sandbox by its relay, for Ray listens on every address of a container."""
     for composed in (cpu_ray, gpu):
+        assert composed["services"]["sandbox_relay"]["command"] == ["deploy/relay", "sandbox_gateway:8101"]
         for name in ("ray_head", "rollout"):
+            url = composed["services"][name]["environment"]["SINGLESTREAM_ROLLOUT__SANDBOX_URL"]
+            assert url == "http://sandbox_relay:8101"
+            assert list(composed["services"][name]["networks"]) == ["data"]
             assert composed["services"][name]["environment"].items() >= {
                 ("RAY_AUTH_MODE", "token"),
                 ("RAY_AUTH_TOKEN_PATH", "/run/secrets/ray_token"),
             }
         assert "--node" in composed["services"]["rollout"]["command"]
         assert composed["services"]["ray_head"]["image"] == composed["services"]["rollout"]["image"]
-        assert "sandbox" not in composed["services"]["ray_head"]["networks"]
 
 
 def test_each_machine_of_several_runs_its_part(nodes: dict[str, dict[str, Any]]) -> None:
@@ -176,11 +197,14 @@ def test_each_machine_of_several_runs_its_part(nodes: dict[str, dict[str, Any]])
     address = gateway["networks"]["sandbox"]["ipv4_address"]
     assert rollout["environment"]["SINGLESTREAM_ROLLOUT__SANDBOX_URL"] == f"http://{address}:8101"
     assert rollout["environment"]["SINGLESTREAM_ROLLOUT__RAY_ADDRESS"] == "10.0.0.1:6380"
-    assert nodes["learner"]["services"]["learner"]["environment"].items() >= {
+    learner = nodes["learner"]["services"]["learner"]
+    assert learner["environment"].items() >= {
+        # torchrun chooses rank 0's machine, which may be another than the meeting point: each announces itself.
         ("SINGLESTREAM_LEARNER__WEIGHTS_URL", "http://10.0.0.2:8103"),
         ("SINGLESTREAM_RUN__WEIGHTS_TOKEN_FILE", "/run/secrets/weights_token"),
+        ("SINGLESTREAM_INTERFACE_WITH", "10.0.0.2"),
     }
-    assert "--rdzv-conf=is_host=1" in nodes["learner"]["services"]["learner"]["command"]
+    assert {"--rdzv-conf=is_host=1", "--rdzv-endpoint=10.0.0.9:29400"} <= set(learner["command"])
     store = nodes["head"]["services"]["value_store"]["environment"]
     assert store["SINGLESTREAM_VALUE_STORE__HOST"] in LOOPBACK
 
@@ -202,7 +226,29 @@ def test_stopping_waits_for_the_hand_over(composed: dict[str, Any]) -> None:
     assert 3 * config.rollout.stop_timeout_s < 75
     assert seconds["sandbox_gateway"] == "1m15s"
     assert config.sandbox_gateway.max_timeout_s + 10 < 75
-    assert seconds["learner"] == "2m0s"
+    # torchrun kills the ranks after its own time, 30 s where none is said.
+    on_gpus = "-gpu" in composed["services"]["learner"]["image"]
+    assert seconds["learner"] == ("10m0s" if on_gpus else "2m0s")
+    patience = composed["services"]["learner"]["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    assert patience == ("590" if on_gpus else "110")
+
+
+def test_a_learner_machine_without_rank_0_is_healthy(nodes: dict[str, dict[str, Any]]) -> None:
+    """Nothing answers at its port; torchrun's variables in the ranks' environment say so."""
+    kind, test = nodes["learner"]["services"]["learner"]["healthcheck"]["test"]
+    assert kind == "CMD-SHELL"
+    nobody_answers = test.replace("/app/deploy/healthcheck 8103", "false")
+    assert nobody_answers != test
+    codes = []
+    for node in ("0", "1"):
+        with subprocess.Popen(
+            ["sh", "-c", "echo started; exec sleep 600"], env={"GROUP_RANK": node}, stdout=subprocess.PIPE
+        ) as rank:
+            assert rank.stdout is not None
+            rank.stdout.readline()
+            codes.append(subprocess.run(["sh", "-c", nobody_answers]).returncode)
+            rank.kill()
+    assert codes == [1, 0]
 
 
 def test_gpus_are_disjoint(gpu: dict[str, Any]) -> None:
@@ -253,15 +299,40 @@ def test_build_context_holds_nothing_but_what_images_need() -> None:
     assert "deploy/secrets" in lines
 
 
-def test_compose_files_follow_the_specification(nodes: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    files = [ROOT / "docker-compose.yml", *(path for path in OVERLAYS if path.name != "compose.nodes.yml")]
-    # Compose's own tags (!reset) are no YAML that the checker reads: of that file it gets what it resolves to.
-    for part, config in nodes.items():
+def test_compose_files_follow_the_specification(
+    nodes: dict[str, dict[str, Any]], cpu_ray: dict[str, Any], tmp_path: Path
+) -> None:
+    # Compose's own tags (!reset) are no YAML that the checker reads: of those files it gets what they resolve to.
+    files = [ROOT / "docker-compose.yml", *(path for path in OVERLAYS if "!reset" not in path.read_text())]
+    assert {path.name for path in OVERLAYS} - {path.name for path in files} == {"compose.nodes.yml", "compose.ray.yml"}
+    for part, config in (nodes | {"cpu_ray": cpu_ray}).items():
         files.append(tmp_path / f"{part}.json")
         files[-1].write_text(json.dumps(config))
     command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *map(str, files)]
     reply = subprocess.run(command, capture_output=True, text=True)
     assert reply.returncode == 0, reply.stdout
+
+
+@pytest.mark.parametrize("file", OVERLAYS, ids=lambda path: path.name)
+def test_no_anchor_resets(file: Path) -> None:
+    """Compose 2.40 drops a `!reset` that comes by an anchor."""
+    anchors = re.findall(r"^( *)\S+: &\w+\n((?:\1 +.*\n)+)", file.read_text(), re.M)
+    assert not [block for _, block in anchors if "!reset" in block]
+
+
+def test_torch_comes_from_where_it_can_be_had(tmp_path: Path) -> None:
+    """The CPU build from PyTorch's index, and where that is out of reach PyPI's."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    (command,) = re.findall(r"(if ls /wheels/(?:.*\\\n)+.*; fi)\n", text)
+    pip = tmp_path / "pip"
+    pip.write_text('#!/bin/sh\necho "$@" >>"$TMPDIR/asked"\ncase "$*" in *+cpu*) exit "$CPU_BUILD";; esac\n')
+    pip.chmod(0o755)
+    for cpu_build, asked in (("0", ["torch==2.13.0+cpu"]), ("1", ["torch==2.13.0+cpu", "torch==2.13.0"])):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TMPDIR": str(tmp_path), "CPU_BUILD": cpu_build}
+        env |= {"TORCH": "2.13.0+cpu", "TORCH_INDEX": "https://index.invalid"}
+        assert subprocess.run(["sh", "-c", command], env=env).returncode == 0
+        assert [line.split()[-1] for line in (tmp_path / "asked").read_text().splitlines()] == asked
 
 
 @pytest.mark.parametrize("file", sorted(DEPLOY.rglob("Dockerfile*")), ids=lambda path: path.name)

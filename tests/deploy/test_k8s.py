@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
 from singlestream.config import load_config
+from singlestream.plan import plan
 from tests.deploy.conftest import DEPLOY, ROOT
 
 VERSION = "1.31"
@@ -42,6 +44,8 @@ def pod_templates() -> dict[str, dict[str, Any]]:
             found["ray-head"] = cluster["headGroupSpec"]["template"]
             for group in cluster["workerGroupSpecs"]:
                 found[group["groupName"]] = group["template"]
+        elif one["kind"] == "Pod":
+            found[name] = {"metadata": one["metadata"], "spec": one["spec"]}
         elif "template" in one.get("spec", {}):
             found[name] = one["spec"]["template"]
     return found
@@ -49,24 +53,64 @@ def pod_templates() -> dict[str, dict[str, Any]]:
 
 PODS = pod_templates()
 
-KUBERAY_FIELDS = {
-    "spec": "serveConfigV2 rayClusterConfig serveService",
-    "rayClusterConfig": "rayVersion enableInTreeAutoscaling authOptions headGroupSpec workerGroupSpecs suspend",
-    "authOptions": "mode secretName",
-    "headGroupSpec": "serviceType headService enableIngress rayStartParams template",
-    "workerGroupSpecs": "groupName replicas minReplicas maxReplicas numOfHosts rayStartParams template scaleStrategy",
-}
-"""Fields of a RayService, by KubeRay's API reference; a ``template`` is Kubernetes' own."""
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+OBJECT, TEXT, FLAG, COUNT = (
+    {"type": "object"},
+    {"type": "string"},
+    {"type": "boolean"},
+    {"type": "integer", "minimum": 0},
+)
 
 
-def unknown_fields(value: Any, where: str) -> set[str]:
-    """Fields of a RayService's part, and of the parts in it, that KubeRay does not know."""
-    if isinstance(value, list):
-        return {name for one in value for name in unknown_fields(one, where)}
-    found = {f"{where}.{name}" for name in value} - {f"{where}.{name}" for name in KUBERAY_FIELDS[where].split()}
-    for name in KUBERAY_FIELDS.keys() & value.keys():
-        found |= unknown_fields(value[name], name)
-    return found
+def closed(*required: str, **properties: Any) -> dict[str, Any]:
+    """The schema of an object with these fields and no others."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+OF_A_GROUP = {"rayStartParams": STRINGS, "resources": STRINGS, "labels": STRINGS, "template": OBJECT}
+RAY_CLUSTER = closed(
+    "headGroupSpec",
+    rayVersion=TEXT,
+    enableInTreeAutoscaling=FLAG,
+    authOptions=closed(mode={"enum": ["disabled", "token"]}, secretName=TEXT, enableK8sTokenAuth=FLAG),
+    autoscalerOptions=OBJECT,
+    gcsFaultToleranceOptions=OBJECT,
+    headServiceAnnotations=STRINGS,
+    upgradeStrategy=closed(type={"enum": ["Recreate", "None"]}),
+    managedBy=TEXT,
+    suspend=FLAG,
+    headGroupSpec=closed("template", serviceType=TEXT, headService=OBJECT, enableIngress=FLAG, **OF_A_GROUP),
+    workerGroupSpecs={
+        "type": "array",
+        "items": closed(
+            "groupName",
+            "minReplicas",
+            "maxReplicas",
+            "template",
+            groupName=TEXT,
+            replicas=COUNT,
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            numOfHosts=COUNT,
+            idleTimeoutSeconds=COUNT,
+            suspend=FLAG,
+            scaleStrategy=closed(workersToDelete={"type": "array", "items": TEXT}),
+            **OF_A_GROUP,
+        ),
+    },
+)
+RAY_SERVICE = closed(
+    "rayClusterConfig",
+    serveConfigV2=TEXT,
+    rayClusterConfig=RAY_CLUSTER,
+    serveService=OBJECT,
+    upgradeStrategy=OBJECT,
+    rayClusterDeletionDelaySeconds=COUNT,
+    excludeHeadPodFromServeSvc=FLAG,
+    managedBy=TEXT,
+    suspend=FLAG,
+)
+"""A RayService's ``spec`` by KubeRay's API reference (ray.io/v1); pods' templates are checked as Kubernetes' own."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -84,10 +128,17 @@ def test_pods_of_the_rayservice_follow_the_schemas(name: str) -> None:
 
 
 def test_the_rayservice_has_the_fields_that_kuberay_knows() -> None:
+    jsonschema.validate(find("RayService", "rollout")["spec"], RAY_SERVICE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("replica", 5), ("replicas", "5"), ("rayStartParams", {"num-cpus": 1}), ("groupName", None)]
+)
+def test_a_wrong_field_of_the_rayservice_is_found(field: str, value: Any) -> None:
     spec = find("RayService", "rollout")["spec"]
-    assert not unknown_fields(spec, "spec")
-    spec["rayClusterConfig"]["workerGroupSpecs"][0]["replica"] = 1
-    assert unknown_fields(spec, "spec") == {"workerGroupSpecs.replica"}
+    spec["rayClusterConfig"]["workerGroupSpecs"][0][field] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(spec, RAY_SERVICE)
 
 
 def test_a_wrong_field_is_found() -> None:
@@ -98,7 +149,7 @@ def test_a_wrong_field_is_found() -> None:
 
 
 def test_every_pod_is_confined() -> None:
-    assert set(PODS) == {"redis", "value-store", "sandbox-gateway", "learner", "ray-head", "replicas"}
+    assert set(PODS) == {"redis", "value-store", "sandbox-gateway", "learner", "ray-head", "replicas", "tools"}
     for name, template in PODS.items():
         spec = template["spec"]
         assert spec["automountServiceAccountToken"] is False, name
@@ -123,8 +174,13 @@ def test_the_namespace_admits_the_sandbox() -> None:
 
 def test_pods_are_probed() -> None:
     for name, template in PODS.items():
+        if name == "tools":  # sleeps
+            continue
         (container,) = template["spec"]["containers"]
         assert "livenessProbe" in container, name
+        # Probes count failures, and kubelet ends what is hung; the script's own count is for Docker.
+        if "/app/deploy/healthcheck" in str(container["livenessProbe"]):
+            assert {"name": "SINGLESTREAM_HUNG_AFTER", "value": "0"} in container["env"], name
         # Every pod but the learner's: KubeRay's own probes call wget, which the images lack.
         assert "readinessProbe" in container or name == "learner", name
         assert template["spec"]["terminationGracePeriodSeconds"] >= 30, name
@@ -136,6 +192,28 @@ def test_stopping_covers_the_hand_over() -> None:
     assert replica["terminationGracePeriodSeconds"] > 3 * config.rollout.stop_timeout_s
     assert replica["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["/app/deploy/hand-over"]
     assert PODS["sandbox-gateway"]["spec"]["terminationGracePeriodSeconds"] > config.sandbox_gateway.max_timeout_s + 10
+    learner = PODS["learner"]["spec"]
+    patience = {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(learner["terminationGracePeriodSeconds"] - 10)}
+    assert patience in learner["containers"][0]["env"], (
+        "torchrun kills the ranks after its own time, 30 s where none is said"
+    )
+
+
+def test_memory_holds_the_weights() -> None:
+    """Three versions where they are read; where they are fetched from, one more."""
+    for name, network in (("replicas", None), ("learner", 100)):
+        needed_gib = plan(8.2e9, 8, 5000, network_gbit_per_s=network).weights_volume_gib
+        (volume,) = [one for one in PODS[name]["spec"]["volumes"] if one["name"] == "weights"]
+        assert int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) > needed_gib
+
+
+def test_tools_hold_every_secret_that_is_made_for_them() -> None:
+    tools = PODS["tools"]["spec"]["containers"][0]
+    held = {one["value"] for one in tools["env"] if one["name"].endswith("_FILE")}
+    assert held == {"/run/secrets/read_token", "/run/secrets/write_token"}
+    assert find("NetworkPolicy", "tools")["spec"]["podSelector"] == {"matchLabels": {"app": "tools"}}
+    for image in ("Dockerfile", "Dockerfile.gpu"):
+        assert "deploy/post_prompts" in (DEPLOY / image).read_text()
 
 
 def test_what_pods_name_exists() -> None:

@@ -28,15 +28,17 @@ from tests.services.value_store.world import World, make_config, make_prompts, s
 
 DASHBOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 RULES = DEPLOY / "prometheus" / "rules.yml"
+OUTSTANDING = 'singlestream_value_store_outstanding_leases{purpose="train"}'
 
-
-HEALTHY = {
+HEALTHY: dict[str, str | None] = {
     'up{job="learner"}': "1x30",
+    'up{job="rollout"}': "1x30",
+    "singlestream_value_store_finished": "0x30",
     "singlestream_value_store_replicas": "2x30",
     "singlestream_value_store_ready": "1x30",
     "singlestream_sandbox_ready": "1x30",
     "singlestream_learner_step": "0+1x30",
-    'singlestream_value_store_outstanding_leases{purpose="train"}': "3x30",
+    OUTSTANDING: "3x30",
     "singlestream_learner_skipped_steps_total": "2x30",
     "singlestream_learner_logprob_shift_mean_nats": "0.01x30",
     "singlestream_learner_effective_sample_size_ratio": "0.95x30",
@@ -60,37 +62,54 @@ HEALTHY = {
     'singlestream_value_store_stream_oldest_seconds{stream="leases"}': "900x30",
 }
 """Series of a run that does well, every five minutes."""
-BROKEN = {
-    "ServiceDown": {'up{job="learner"}': "0x30"},
-    "NoReplica": {"singlestream_value_store_replicas": "0x30"},
-    "ValueStoreNotReady": {"singlestream_value_store_ready": "0x30"},
-    "SandboxNotReady": {"singlestream_sandbox_ready": "0x30"},
-    "TrainingStalled": {"singlestream_learner_step": "7x30"},
-    "StepSkipped": {"singlestream_learner_skipped_steps_total": "0+1x30"},
-    "EngineAndLearnerDisagree": {"singlestream_learner_logprob_shift_mean_nats": "0.2x30"},
-    "EffectiveSampleSizeLow": {"singlestream_learner_effective_sample_size_ratio": "0.4x30"},
-    "LearnerIdle": {"singlestream_learner_idle_ratio": "0.8x30"},
-    "LeasesFail": {"singlestream_rollout_failed_total": "0+1x30"},
-    "WeightUpdatesFail": {'singlestream_rollout_weight_updates_total{outcome="refused"}': "0+1x30"},
-    "SandboxFaults": {"singlestream_rollout_tool_faults_total": "0+1x30"},
-    "SandboxSaturated": {"singlestream_sandbox_queued": "9x30"},
-    "RetentionAlwaysClipped": {"singlestream_value_store_rho_clip_ratio": "1x30"},
-    "BaselineUseless": {"singlestream_value_store_brier": "0.4x30"},
-    "MessagesUnusable": {'singlestream_value_store_stream_entries{stream="dead_letters"}': "0+1x30"},
-    "QueueStuck": {'singlestream_value_store_stream_oldest_seconds{stream="posterior_updates"}': "90x30"},
-    "LeaseStuck": {'singlestream_value_store_stream_oldest_seconds{stream="leases"}': "7300x30"},
+BROKEN: list[tuple[str, dict[str, str | None]]] = [
+    ("ServiceDown", {'up{job="learner"}': "0x30"}),
+    ("ServiceDown", {'up{job="rollout"}': "0x30", "singlestream_value_store_finished": "1x30"}),
+    ("", {'up{job="learner"}': "0x30", "singlestream_value_store_finished": "1x30"}),
+    ("NoReplica", {"singlestream_value_store_replicas": "0x30"}),
+    ("ValueStoreNotReady", {"singlestream_value_store_ready": "0x30"}),
+    ("SandboxNotReady", {"singlestream_sandbox_ready": "0x30"}),
+    ("TrainingStalled", {"singlestream_learner_step": "7x30"}),
+    # Its first step is due, or the first one after a pause, and it has had 20 minutes.
+    ("", {"singlestream_learner_step": "_x26 0x4", OUTSTANDING: "_x26 3x4"}),
+    ("", {"singlestream_learner_step": "7x30", OUTSTANDING: "0x26 3x4"}),
+    ("StepSkipped", {"singlestream_learner_skipped_steps_total": "0+1x30"}),
+    ("EngineAndLearnerDisagree", {"singlestream_learner_logprob_shift_mean_nats": "0.2x30"}),
+    ("EffectiveSampleSizeLow", {"singlestream_learner_effective_sample_size_ratio": "0.4x30"}),
+    ("LearnerIdle", {"singlestream_learner_idle_ratio": "0.8x30"}),
+    ("LeasesFail", {"singlestream_rollout_failed_total": "0+1x30"}),
+    # Every one from the first on: what they are compared with does not exist.
+    ("LeasesFail", {"singlestream_rollout_failed_total": "0+1x30", "singlestream_rollout_episodes_total": None}),
+    ("WeightUpdatesFail", {'singlestream_rollout_weight_updates_total{outcome="refused"}': "0+1x30"}),
+    ("SandboxFaults", {"singlestream_rollout_tool_faults_total": "0+1x30"}),
+    (
+        "SandboxFaults",
+        {"singlestream_rollout_tool_faults_total": "0+1x30", "singlestream_rollout_tool_calls_total": None},
+    ),
+    ("SandboxSaturated", {"singlestream_sandbox_queued": "9x30"}),
+    ("RetentionAlwaysClipped", {"singlestream_value_store_rho_clip_ratio": "1x30"}),
+    ("BaselineUseless", {"singlestream_value_store_brier": "0.4x30"}),
+    ("MessagesUnusable", {'singlestream_value_store_stream_entries{stream="dead_letters"}': "0+1x30"}),
+    ("QueueStuck", {'singlestream_value_store_stream_oldest_seconds{stream="posterior_updates"}': "90x30"}),
+    ("LeaseStuck", {'singlestream_value_store_stream_oldest_seconds{stream="leases"}': "7300x30"}),
     # At the bound the number of those kept stands still, or falls where the bound was lowered.
-    "DeadLettersDropped MessagesUnusable": {
-        'singlestream_value_store_stream_entries{stream="dead_letters"}': "10000x30",
-        'singlestream_value_store_dropped_total{what="dead_letters"}': "0+1x30",
-    },
-    "DeadLettersDropped": {
-        'singlestream_value_store_stream_entries{stream="dead_letters"}': "10000x28 100x2",
-        'singlestream_value_store_dropped_total{what="dead_letters"}': "0x28 9900x2",
-    },
-    "": {},
-}
-"""Alerts that must fire, and no others → what is different from `HEALTHY`, every five minutes."""
+    (
+        "DeadLettersDropped MessagesUnusable",
+        {
+            'singlestream_value_store_stream_entries{stream="dead_letters"}': "10000x30",
+            'singlestream_value_store_dropped_total{what="dead_letters"}': "0+1x30",
+        },
+    ),
+    (
+        "DeadLettersDropped",
+        {
+            'singlestream_value_store_stream_entries{stream="dead_letters"}': "10000x28 100x2",
+            'singlestream_value_store_dropped_total{what="dead_letters"}': "0x28 9900x2",
+        },
+    ),
+    ("", {}),
+]
+"""Alerts that must fire, and no others; what is different from `HEALTHY`, every five minutes. None: no such series."""
 
 
 @pytest.fixture
@@ -222,11 +241,13 @@ def test_promtool_accepts(kind: str, name: str) -> None:
 
 def test_exactly_the_right_alerts_fire(tmp_path: Path) -> None:
     """`promtool test rules`: each broken series fires its own alert and no other, and health fires none."""
-    assert {alert for alerts in BROKEN for alert in alerts.split()} == {rule["alert"] for rule in alert_rules()}
+    assert {alert for alerts, _ in BROKEN for alert in alerts.split()} == {rule["alert"] for rule in alert_rules()}
     tests = [
         {
             "interval": "5m",
-            "input_series": [{"series": name, "values": values} for name, values in (HEALTHY | series).items()],
+            "input_series": [
+                {"series": name, "values": values} for name, values in (HEALTHY | series).items() if values
+            ],
             "promql_expr_test": [
                 {
                     "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
@@ -235,7 +256,7 @@ def test_exactly_the_right_alerts_fire(tmp_path: Path) -> None:
                 }
             ],
         }
-        for alerts, series in BROKEN.items()
+        for alerts, series in BROKEN
     ]
     file = tmp_path / "test.yml"
     file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "5m", "tests": tests}))

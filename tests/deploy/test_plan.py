@@ -19,14 +19,18 @@ def test_eight_gpus_and_an_8b_model() -> None:
     assert all(split.learner_gpus >= 3 for split in (proposal.best, *proposal.others))
     assert proposal.step_s == pytest.approx(256 * 5000 / (5 * 3250))
     assert proposal.weights_gib == pytest.approx(15.3, abs=0.1)
+    assert proposal.weights_volume_gib == pytest.approx(3 * proposal.weights_gib)
+    served = plan(8.2e9, 8, mean_response_tokens=5000, network_gbit_per_s=100)
+    assert served.weights_volume_gib == pytest.approx(4 * proposal.weights_gib), "one more while it is fetched"
 
 
 def test_the_guide_shows_what_it_says() -> None:
     guide = (ROOT / "docs" / "deployment.md").read_text()
-    shown = guide.partition("$ singlestream plan --parameters 8.2e9 --gpus 8 --mean-response-tokens 5000\n")[2]
+    command = "$ singlestream plan --parameters 8.2e9 --gpus 8 --mean-response-tokens 5000 --micro-batch-tokens 18432\n"
+    shown = guide.partition(command)[2]
     lines = [line for line in shown.partition("```")[0].splitlines() if line != "..."]
     assert len(lines) > 5
-    assert set(lines) <= set(describe(plan(8.2e9, 8, 5000)).splitlines())
+    assert set(lines) <= set(describe(plan(8.2e9, 8, 5000, micro_batch_tokens=18_432)).splitlines())
 
 
 def test_measured_throughputs_replace_the_estimates() -> None:

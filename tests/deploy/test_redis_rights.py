@@ -46,6 +46,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     process.wait(60)
 
 
+def keys_named(name: str, user: str) -> set[str]:
+    """Keys of run ``r`` that an attribute of `Keys` stands for, where ``user`` asks for them."""
+    value = getattr(Keys("r"), name)
+    if name == "fence":
+        return {value(user)}
+    if name == "outstanding":
+        return {value("train")}
+    return {value(purpose) for purpose in get_args(Purpose)} if name in ("leases", "results") else {value}
+
+
 class TestRedisRights:
     """The users' file that ``init`` writes, in a real Redis."""
 
@@ -106,22 +116,32 @@ class TestRedisRights:
         self, connect: Callable[[str], redis.Redis], user: str, sources: list[str]
     ) -> None:
         source = "\n".join(path.read_text() for pattern in sources for path in ROOT.glob(pattern))
-        keys = Keys("r")
-        purposes = get_args(Purpose)
-        found = set()
-        for name in re.findall(r"\bkeys\.(\w+)", source):
-            value = getattr(keys, name)
-            if name == "fence":
-                found.add(value(user))
-            elif name == "outstanding":
-                found.add(value("train"))
-            elif name in ("leases", "results"):
-                found |= {value(purpose) for purpose in purposes}
-            elif name != "run":
-                found.add(value)
+        named = set(re.findall(r"\bkeys\.(\w+)", source)) - {"run"}
+        found = {key for name in named for key in keys_named(name, user)}
         assert len(found) > 8
         for key in sorted(found):
             connect(user).exists(key)
+
+    @pytest.mark.parametrize(
+        ("user", "sources", "targets"),
+        [
+            ("rollout", ["leases"], {"leases", "results", "posterior_updates", "dead_letters"}),
+            ("learner", ["training", "anchors"], set()),
+        ],
+    )
+    def test_a_service_may_read_and_write_every_key_that_it_gives_to_a_script(
+        self, connect: Callable[[str], redis.Redis], user: str, sources: list[str], targets: set[str]
+    ) -> None:
+        """Redis asks for both rights, whatever the script does. Each script's first line names its keys."""
+        source = "\n".join((ROOT / "singlestream" / "streams" / f"{name}.py").read_text() for name in sources)
+        given = targets.copy()
+        for line in re.findall(r"^-- KEYS: (.*?)(?:   |$)", source, re.M):
+            given |= set(line.split(", ")) - {"target..."}
+        assert given >= (
+            {"live", "leases"} if user == "rollout" else {"fence", "trajectories", "outstanding", "anchors"}
+        )
+        for key in sorted(key for name in given for key in keys_named(name, user)):
+            assert connect(user).eval("return 1", 1, key) == 1
 
     def test_a_rollout_marks_its_node_and_reads_the_pin(self, connect: Callable[[str], redis.Redis]) -> None:
         rollout = connect("rollout")

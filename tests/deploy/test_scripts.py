@@ -80,6 +80,17 @@ class TestEntrypoint:
         assert reply.returncode == 78
         assert "no address for nowhere.invalid" in reply.stderr
 
+    def test_gloo_and_nccl_get_the_interface_of_an_address(self) -> None:
+        reply = run(DEPLOY / "entrypoint", *self.SHOW, SINGLESTREAM_INTERFACE_WITH="127.0.0.1", NCCL_SOCKET_IFNAME="")
+        seen = json.loads(reply.stdout)
+        assert (seen["GLOO_SOCKET_IFNAME"], seen["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+        given = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "^docker"}
+        reply = run(DEPLOY / "entrypoint", *self.SHOW, SINGLESTREAM_INTERFACE_WITH="127.0.0.1", **given)
+        assert json.loads(reply.stdout).items() >= given.items()
+        reply = run(DEPLOY / "entrypoint", "true", SINGLESTREAM_INTERFACE_WITH="192.0.2.1")
+        assert reply.returncode == 78
+        assert "no interface has the address 192.0.2.1" in reply.stderr
+
 
 class TestGpuClaims:
     """Replicas share the GPUs of their service out by locks."""

@@ -24,6 +24,15 @@ async def test_the_first_publication_writes_the_clock(redis: Redis, keys: Keys) 
     assert (newest.version, newest.lineage) == (1, 2)
 
 
+async def test_what_a_start_asks_before_it_takes_over(redis: Redis, keys: Keys) -> None:
+    learner = LearnerStreams(redis, keys)
+    assert not await learner.is_known() and await learner.drift_clock() == {} and not await learner.is_paused()
+    await learner.take_over()
+    await learner.publish(version(version=1, z=0.1 + 0.2))
+    await redis.set(keys.state, "paused")
+    assert await learner.is_known() and await learner.drift_clock() == {1: 0.1 + 0.2} and await learner.is_paused()
+
+
 async def test_old_versions_go_and_their_z_stays(redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "VERSIONS_KEPT", 3)
     learner = LearnerStreams(redis, keys)

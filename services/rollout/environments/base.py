@@ -56,6 +56,8 @@ class Environment(ABC):
     """Grader where the lease names none (`graders.load_grader`)."""
     stop: tuple[str, ...] = ()
     """Strings that end a turn so that `step` may answer it."""
+    uses_sandbox: bool = False
+    """Whether `step` runs code: a lease that has failed once then waits until the sandbox gateway is well."""
 
     def __init__(self, tokenizer: Any, grader: Grader) -> None:
         self.tokenizer, self.grader = tokenizer, grader

@@ -24,6 +24,7 @@ class CodeEnvironment(Environment):
     """An environment whose turns may call Python."""
 
     stop = ("</code>",)
+    uses_sandbox = True
     observation = "\n<interpreter>\n{output}\n</interpreter>\n"
     """How one block's output is shown."""
 

@@ -20,9 +20,9 @@ Covered:
 Not covered:
     - a bug in the kernel behind one of the permitted calls (the filter makes that surface small; a VM per run would
       make it smaller);
-    - side channels of shared hardware and shared page cache, covert channels between runs that cooperate (locks on
-      /dev/null), and slowing neighbours down by saturating memory bandwidth or caches, or processors for the quarter of
-      a second after which the gateway puts a run behind shorter ones;
+    - side channels of shared hardware and shared page cache, covert channels between runs that cooperate, and slowing
+      neighbours down by saturating memory bandwidth or caches, or processors for the quarter of a second after which
+      the gateway puts a run behind shorter ones;
     - layout secrecy between runs: forks of one zygote share their address-space layout, so a leak in one helps in the
       next; there is nothing in the zygote to attack, as it parses nothing that a run can shape, and it is replaced now
       and then;
@@ -42,7 +42,7 @@ import struct
 CLONE_VM, CLONE_FILES = 0x100, 0x400
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x08000000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
-PR_CAPBSET_DROP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 24, 22, 38
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 22, 24, 38
 CAPABILITY_VERSION_3 = 0x20080522
 LAST_CAPABILITY = 63
 
@@ -135,6 +135,10 @@ def lock_down(init_fd: int, proc_fd: int, program: SeccompProgram, line_fd: int,
     # Only its own, unprivileged id exists: no other uid can be assumed.
     write_proc(proc_fd, "uid_map", b"%d %d 1" % (uid, uid))
     write_proc(proc_fd, "gid_map", b"%d %d 1" % (gid, gid))
+    # Its memory is handed to nobody when it crashes: where core_pattern is a pipe, the kernel would start the host's
+    # handler, as root and outside every namespace, whatever RLIMIT_CORE says. Nor may others with its kernel uid trace
+    # it. Not earlier: files under /proc of a process that is not dumpable are root's.
+    check(libc.prctl(PR_SET_DUMPABLE, 0, None, 0, 0), "become undumpable")
     # Inherited descriptors: the control socket, /proc and other runs' pidfds close; the line stays for the program.
     os.dup2(line_fd, LINE)
     check(libc.close_range(LINE + 1, 0xFFFFFFFF, 0), "close inherited descriptors")

@@ -117,7 +117,13 @@ class Zygote:
             raise
         if pid == 0:
             self._become_run(order, fds, init)
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            _end_now(init)
+            raise
         self._live[pidfd] = Live(order.run_id, pid, init)
         self._poll.register(pidfd, select.EPOLLIN)
         attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))]
@@ -142,13 +148,14 @@ class Zygote:
         flags = namespaces | lockdown.CLONE_VM | lockdown.CLONE_FILES | signal.SIGCHLD
         init_pid = _libc.clone(_PAUSE, top, flags, None)
         lockdown.check(init_pid, "clone a pid namespace")
-        init = Init(init_pid, os.pidfd_open(init_pid), stack)
+        init_fd = -1
         try:
-            lockdown.join(init.pidfd, lockdown.CLONE_NEWPID, "setns into the run's pid namespace")
+            init_fd = os.pidfd_open(init_pid)
+            lockdown.join(init_fd, lockdown.CLONE_NEWPID, "setns into the run's pid namespace")
         except OSError:
-            _end_now(init)
+            _end_now(Init(init_pid, init_fd, stack))
             raise
-        return init
+        return Init(init_pid, init_fd, stack)
 
     def _reap(self, pidfd: int) -> None:
         """A run has ended, its threads with it: end its namespace, and tell its status."""
@@ -211,7 +218,8 @@ def _receive_program() -> Program:
 def _end_now(init: Init) -> None:
     os.kill(init.pid, signal.SIGKILL)
     os.waitpid(init.pid, 0)
-    os.close(init.pidfd)
+    if init.pidfd >= 0:
+        os.close(init.pidfd)
 
 
 def _require_one_thread(proc_fd: int, module: str) -> None:

@@ -15,7 +15,8 @@ function notices(run) {
   if (!run.learner) found.push("The learner has not reported yet.");
   else if (!run.learner.alive) found.push(`The learner is away: its last word came at ${clock(run.learner.at_s)}.`);
   else if (run.learner.waiting_for) found.push(`The learner waits for ${run.learner.waiting_for}.`);
-  if (run.training.waiting_for) found.push(`Training leases wait for ${run.training.waiting_for}.`);
+  const waiting = run.training.state === "stopping" ? "The early stop waits" : "Training leases wait";
+  if (run.training.waiting_for) found.push(`${waiting} for ${run.training.waiting_for}.`);
   return found;
 }
 

@@ -3,6 +3,7 @@ import { html, useEffect, useState } from "/page/vendor/htm-preact-3.1.1.js";
 import { clock, getJson, number, whole } from "/page/api.js";
 
 const COLUMNS = [
+  ["weight", "weight"],
   ["value", "v̂"],
   ["n_eff", "n_eff"],
   ["visits", "visits"],
@@ -27,6 +28,7 @@ function Heading({ name, label, asked, onOrder }) {
 function Row({ one }) {
   return html`<tr>
     <td><a href="#/prompt/${one.prompt_id}">${one.question.slice(0, 120)}</a> <span class="soft">${one.source}</span></td>
+    <td>${number(one.weight)}</td>
     <td>${number(one.v_hat)}</td>
     <td>${number(one.n_eff, 1)}</td>
     <td>${whole(one.visits)}</td>
@@ -47,7 +49,10 @@ export function Prompts() {
       const reply = await getJson(pathOf(asked, cursor));
       if (over) return;
       setTrouble(reply.trouble);
-      if (reply.body) setPage(reply.body);
+      if (!reply.body) return;
+      setPage(reply.body);
+      // A text search looks through so many prompts a request: go on until it finds one, or has seen all.
+      if (reply.body.prompts.length === 0 && reply.body.cursor) setCursors([...cursors.slice(0, -1), reply.body.cursor]);
     };
     ask();
     const timer = setInterval(ask, 5000);
@@ -89,7 +94,7 @@ export function Prompts() {
         <tbody>${page.prompts.map((one) => html`<${Row} key=${one.prompt_id} one=${one} />`)}</tbody>
       </table>
     </div>
-    ${page.prompts.length === 0 && html`<p class="soft">No prompts${asked.q ? " match on this page" : " yet"}.</p>`}
+    ${page.prompts.length === 0 && html`<p class="soft" role="status">${page.cursor ? "Searching…" : asked.q || asked.split ? "No prompts match." : "No prompts yet."}</p>`}
     <nav class="tools" aria-label="Pages">
       <button disabled=${cursors.length === 1} onClick=${() => setCursors(cursors.slice(0, -1))}>Previous</button>
       <span role="status">Page ${cursors.length}</span>

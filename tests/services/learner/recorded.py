@@ -36,6 +36,10 @@ def lease(n: int) -> str:
     return f"train:{EPOCH}:{n}"
 
 
+def prompt(n: int) -> str:
+    return f"{n:016x}"
+
+
 def trajectory(n: int, rng: np.random.Generator, version: int = 0, **changes: Any) -> Trajectory:
     """A trajectory of random tokens: prompt, first turn, observation, second turn by the next version or the same."""
 
@@ -52,7 +56,7 @@ def trajectory(n: int, rng: np.random.Generator, version: int = 0, **changes: An
 
     fields: dict[str, Any] = {
         "lease_id": lease(n),
-        "prompt_id": f"p{n}",
+        "prompt_id": prompt(n),
         "segments": [
             Segment(kind="prompt", token_ids=rng.integers(0, 103, int(rng.integers(3, 20)))),
             generated(16, version),

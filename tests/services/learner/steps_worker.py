@@ -19,11 +19,18 @@ from services.learner.ranks import Ranks
 from services.learner.samples import to_sample
 from services.learner.updates import update
 from singlestream.config import LearnerConfig
+from singlestream.contracts import Trajectory
 from tests.services.learner.recorded import trajectory
 
 STEPS = 2
+AGE_STEP, AGE_BOUND = 5, 4
 SECONDS = 0.5
 """That the MFU is computed for."""
+
+
+def recorded_batch(rng: np.random.Generator) -> list[Trajectory]:
+    """Eleven trajectories of versions 0 to 5: at step 5 they are 5 to 0 old, under a bound of 4, so some are masked."""
+    return [trajectory(n, rng, version=n % 6) for n in range(1, 12)]
 
 
 def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, Any]:
@@ -32,8 +39,7 @@ def steps(model: Path, settings: dict[str, object], ranks: Ranks) -> dict[str, A
     rng = np.random.default_rng(5)
     facts = []
     for step in range(STEPS):
-        # ages 0 to 5 under a bound of 4: some segments are masked
-        batch = [to_sample(trajectory(n, rng, version=n % 6), 5, 4) for n in range(1, 12)]
+        batch = [to_sample(one, AGE_STEP, AGE_BOUND) for one in recorded_batch(rng)]
         raw = advantages(np.array([s.reward for s in batch]), np.array([s.v_hat for s in batch]))
         scaled = normalise(raw, np.array([s.trained_tokens for s in batch]), "token")
         probe = make_probe(policy, batch[:4], batch, 1000)

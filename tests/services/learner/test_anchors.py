@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.learner.anchors import Anchor, measure
 from services.learner.samples import Sample, to_sample
-from tests.services.learner.recorded import trajectory
+from tests.services.learner.recorded import prompt, trajectory
 
 
 def sample(n: int) -> Sample:
@@ -22,7 +22,7 @@ def sample(n: int) -> Sample:
 def test_an_anchor_comes_back_from_redis(n: int, z: float, step: int) -> None:
     kept = Anchor(step, z, sample(n))
     found = Anchor.unpack(kept.pack())
-    assert (found.step, found.z, found.sample.prompt_id) == (step, z, f"p{n}")
+    assert (found.step, found.z, found.sample.prompt_id) == (step, z, prompt(n))
     for name in ("token_ids_T", "action_T", "behaviour_T"):
         np.testing.assert_array_equal(getattr(found.sample, name), getattr(kept.sample, name))
 
@@ -78,3 +78,15 @@ def test_an_anchor_that_this_very_step_left_before_a_crash_is_not_used() -> None
     [anchor] = measure(TwoMicroBatches(0.0), batch, [None], [True], 3, 0.5).kept  # type: ignore[arg-type]
     again = measure(TwoMicroBatches(0.0), batch, [anchor], [True], 3, 0.5)  # type: ignore[arg-type]
     assert again.drift_N == [None]
+
+
+def test_the_members_of_a_group_share_one_pass_over_their_anchor() -> None:
+    anchors = measure(TwoMicroBatches(0.0), [sample(1), sample(2)], [None] * 2, [True] * 2, 3, 0.5).kept  # type: ignore[arg-type]
+    scored: list[str] = []
+    policy = TwoMicroBatches(0.02)
+    lay_out = policy.micro_batches
+    policy.micro_batches = lambda samples: scored.extend(one.lease_id for one in samples) or lay_out(samples)  # type: ignore[method-assign]
+    of = [anchors[0], anchors[1], Anchor.unpack(anchors[0].pack()), None]
+    found = measure(policy, [sample(n) for n in range(11, 15)], of, [False] * 4, 5, 0.8)  # type: ignore[arg-type]
+    assert scored == [anchor.sample.lease_id for anchor in anchors]
+    assert found.drift_N == [pytest.approx(0.02, abs=1e-6)] * 3 + [None]

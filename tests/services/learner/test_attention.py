@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, Gemma2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen3Config
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from services.learner import attention
 from services.learner.chunked_logprobs import score
@@ -106,20 +106,6 @@ def test_the_flash_kernel_takes_what_it_is_given_on_a_gpu() -> None:
         query, key, value = (torch.empty(8, heads, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
         out = attention._varlen(query, key, value, rows, 0.25)
     assert (out.shape, out.dtype) == ((8, 4, 16), torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    ("config", "plain"),
-    [
-        (Qwen3Config(), True),
-        (LlamaConfig(), True),
-        (MistralConfig(sliding_window=4096), False),
-        (Gemma2Config(), False),
-        (Qwen3Config(use_sliding_window=True, sliding_window=64, max_window_layers=1), False),
-    ],
-)
-def test_models_with_windows_or_caps_are_left_to_transformers(config: AutoConfig, plain: bool) -> None:
-    assert attention.attends_plainly(config) is plain
 
 
 def test_what_changes_the_scores_is_refused() -> None:

@@ -80,12 +80,8 @@ def test_steps_go_on_while_a_checkpoint_of_the_state_before_is_written(
     checkpoints = Checkpoints(config(), policy)
     begun, go_on = threading.Event(), threading.Event()
     pointed: list[str] = []
-    left = checkpoints.folder / ".step-00000002-a0.partial" / "__0_0.distcp"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"a crash left this")
 
     def point(name: str, cursor: str) -> None:
-        assert not left.parent.exists(), "it made room before"
         begun.set()
         assert go_on.wait(DEADLINE_S), "the test did not go on"
         pointed.append(f"{name} {cursor}")
@@ -177,6 +173,46 @@ def test_a_checkpoint_is_refused_where_what_it_means_has_changed(tiny: Path, ran
         assert re.search(difference, of(other).problem(first.folder / name))
     grouped = config(8, lora_rank=2, lora_alpha=4.0, advantage="grpo")
     assert changed(first.identity, of(grouped).identity) == "value_store.group_size was 1, is 8"
+
+
+def test_a_zombie_leaves_the_folder_to_the_learner_that_has_taken_over(policy: Policy, config: MakeConfig) -> None:
+    zombie = Checkpoints(config(keep_checkpoints=1), policy)
+    zombie.save(2, 0.0, AT, "a1", nowhere)
+    zombie.settle()
+    writing = zombie.folder / ".step-00000003-b2.partial" / "__0_0.distcp"
+    writing.parent.mkdir()
+    writing.write_bytes(b"the other is at it")
+
+    def fenced(_name: str, _cursor: str) -> None:
+        raise Fenced("another learner has taken over")
+
+    zombie.save(3, 0.0, AT, "a1", fenced)
+    with pytest.raises(Fenced):
+        zombie.settle()
+    assert writing.is_file()
+    assert (zombie.folder / "step-00000002-a1").is_dir(), "what it would push out stays"
+    zombie.remove_partials()
+    assert not writing.parent.exists(), "the start of the next one removes what was left"
+    zombie.close()
+
+
+def test_checkpoints_that_redis_knows_nothing_of_are_refused(policy: Policy, config: MakeConfig) -> None:
+    checkpoints = Checkpoints(config(), policy)
+    checkpoints.refuse_unknown()
+    for step in (1, 2):
+        checkpoints.save(step, 0.0, AT, "a1", nowhere)
+    checkpoints.settle()
+    with pytest.raises(CheckpointError, match="checkpoints up to step 2, and Redis knows nothing of their run"):
+        checkpoints.refuse_unknown()
+    checkpoints.close()
+
+
+def test_whole_tensors_are_copied_to_the_host_by_who_keeps_them(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank gathers, and all but one drop what they gathered."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda _: pytest.fail("a copy that nobody asked for"))
+    assert len(list(full_tensors(policy.model, torch.bfloat16))) == len(list(policy.model.parameters()))
 
 
 def test_one_that_cannot_be_written_is_told_at_the_next(policy: Policy, config: MakeConfig) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from services.learner import chunked_logprobs
 from services.learner.chunked_logprobs import score
@@ -30,6 +31,16 @@ def test_values_and_gradients_are_log_softmaxes(
         gradients.append((scores.detach(), entropy, h.grad, w.grad))
     for plain, chunked in zip(*gradients, strict=True):
         torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [8, 100])
+def test_a_frozen_head_costs_no_gradient(chunk: int) -> None:
+    """One product is left of the backward pass, h's gradient, and where there are several chunks their logits again."""
+    hidden, head = torch.randn(17, 8, requires_grad=True), torch.randn(40, 8)
+    scores, _ = score(hidden, head, torch.randint(0, 40, (17,)), 1.0, chunk)
+    with FlopCounterMode(display=False) as counter:
+        scores.sum().backward()
+    assert counter.get_total_flops() == (1 if chunk == 100 else 2) * 2 * 17 * 8 * 40
 
 
 def test_without_gradient_nothing_is_kept() -> None:

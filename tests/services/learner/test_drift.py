@@ -23,6 +23,12 @@ def test_the_clock_counts_in_half_drifts_and_never_goes_back() -> None:
     assert clock.advance(0.06) == pytest.approx(1.5)
 
 
+def test_a_clock_that_went_back_goes_by_what_was_written_and_on_from_there() -> None:
+    """A second lineage from version 2 on, whose probes read otherwise: one z a version, and it never falls."""
+    clock = DriftClock(0.06, 1.0, 2, {2: 1.0, 3: 1.5, 4: 2.5})
+    assert [clock.advance(drift) for drift in (0.09, 0.006, 0.003)] == [1.5, 2.5, pytest.approx(2.55)]
+
+
 def test_the_probe_takes_whole_trajectories_within_its_tokens() -> None:
     batch = samples(8)
     most = batch[0].action_tokens + batch[1].action_tokens

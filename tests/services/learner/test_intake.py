@@ -35,6 +35,7 @@ def test_the_seconds_of_a_long_step_are_no_silence(
 ) -> None:
     """With ``max_staleness = 0`` nothing can arrive while a step computes."""
     later_s = 0.0
+    monkeypatch.setattr(intake, "POLL_MS", 1)
     monkeypatch.setattr(intake, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later_s))
     record(sync_redis, keys, 64, last=8)
     reader = StreamReader(link, BatchAssembler(8, 4, Position()), 128, 512, HOUR_S, HOUR_S)
@@ -45,6 +46,23 @@ def test_the_seconds_of_a_long_step_are_no_silence(
     later_s += 2 * HOUR_S
     with pytest.raises(DeadlineExceeded, match="trajectories: 0 of 8 have arrived"):
         reader.poll(1)
+
+
+def test_a_pause_is_no_silence(sync_redis: Redis, keys: Keys, link: RedisLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Priors of a large set take half a day, in which nothing is trained."""
+    later_s = 0.0
+    monkeypatch.setattr(intake, "POLL_MS", 1)
+    monkeypatch.setattr(intake, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later_s))
+    sync_redis.set(keys.state, "paused")
+    reader = StreamReader(link, BatchAssembler(8, 4, Position()), 128, 512, HOUR_S, HOUR_S)
+    for _ in range(3):
+        later_s += 2 * HOUR_S
+        assert not reader.poll(0)
+    sync_redis.set(keys.state, "running")
+    assert not reader.poll(0), "the wait begins when training goes on"
+    later_s += 2 * HOUR_S
+    with pytest.raises(DeadlineExceeded):
+        reader.poll(0)
 
 
 def test_a_checkpoint_whose_future_has_been_trimmed_is_refused(sync_redis: Redis, keys: Keys, link: RedisLink) -> None:

@@ -121,9 +121,14 @@ def test_a_killed_learner_goes_on_as_if_nothing_had_happened(sync_redis: Redis, 
     wait_until(lambda: len(run.steps()) >= 3 and resume_step(sync_redis, keys) >= 2, process)
     process.kill()
     process.wait()
+    # what it published last, and measured high
+    newest = max((int(version), float(z)) for version, z in sync_redis.hgetall(keys.clock).items())  # type: ignore[union-attr]
+    sync_redis.hset(keys.clock, str(newest[0] + 1), repr(newest[1] + 1.0))
     record(sync_redis, keys, 56, first=33)
     run.finish()
 
+    clock = {int(version): float(z) for version, z in sync_redis.hgetall(keys.clock).items()}  # type: ignore[union-attr]
+    assert [clock[version] for version in range(8)] == sorted(clock.values()), "z never falls"
     assert fingerprint(run) == fingerprint(undisturbed)
     trained = [u.lease_id for u in updates(sync_redis, keys)]
     assert set(trained) == {lease(n) for n in range(1, 57)}
@@ -131,6 +136,7 @@ def test_a_killed_learner_goes_on_as_if_nothing_had_happened(sync_redis: Redis, 
     walls = [s["wall_s"] for s in run.steps()]
     assert walls == sorted(walls), "the clock goes on from the first start"
     again = [v for v in versions(sync_redis, keys) if v.lineage == 2]
+    assert [v.z for v in again] == [clock[v.version] for v in again], "what was written first holds for it too"
     assert again[0].version in (2, 4), "the checkpoint's weights are published at once"
 
 
@@ -139,10 +145,16 @@ def test_resume_on_other_numbers_of_ranks_past_a_truncated_checkpoint_and_never_
 ) -> None:
     record(sync_redis, keys, 64)
     weights = {}
+    undisturbed = make_run("u", run={"total_steps": 6})
+    record(sync_redis, Keys(undisturbed.name), 64)
+    undisturbed.finish()
+    expected = torch.from_numpy(np.fromfile(versions(sync_redis, Keys(undisturbed.name))[-1].manifest.path, np.float32))
     for ranks, total in ((2, 2), (1, 4), (2, 6)):
         run = make_run(run={"total_steps": total})
         run.finish(ranks)
         weights[total] = torch.from_numpy(np.fromfile(versions(sync_redis, keys)[-1].manifest.path, np.float32))
+    # a step moves a weight by about 1e-3: moments that went astray at a resume would show
+    torch.testing.assert_close(weights[6], expected, rtol=0, atol=1e-4)
     folder = run.folder / "runs" / run.name / "checkpoints"
     newest = folder / (sync_redis.get(keys.resume) or b"").decode()
     shard = next(newest.glob("__1_0.distcp"))

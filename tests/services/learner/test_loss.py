@@ -51,6 +51,8 @@ def test_masked_tokens_add_nothing_not_even_nan() -> None:
     logprobs.requires_grad_()
     result = objective(logprobs, b, a, torch.tensor([True, False]), 2, LossSettings())
     assert result.loss.item() == pytest.approx(-0.5)
+    result.loss.backward()
+    assert logprobs.grad is not None and logprobs.grad.tolist() == pytest.approx([-0.5, 0.0])
 
 
 def test_an_unmasked_nan_shows_in_the_loss() -> None:

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.services.learner.recorded import ROOT, lease
+from tests.services.learner.reference import reference_loss, reference_normalise
+from tests.services.learner.steps_worker import AGE_BOUND, AGE_STEP, recorded_batch
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -79,6 +82,36 @@ def test_steps_change_the_weights(one_rank: Results, tiny: Path) -> None:
     assert all((after[name] - before[name]).abs().max() > 5e-4 for name in after)
     assert 0 < one_rank["padded"]["facts"][0]["drift"] < 1
     assert one_rank["padded"]["facts"][0]["staleness_max"] == 4
+
+
+def test_the_first_steps_loss_is_the_formulas(one_rank: Results, tiny: Path) -> None:
+    """From the recorded trajectories alone: each scored by itself, segments beyond the bound masked, N before masks."""
+    model, rng = AutoModelForCausalLM.from_pretrained(tiny), np.random.default_rng(5)
+    logprobs, behaviour, masks, raw = [], [], [], []
+    for trajectory in recorded_batch(rng):
+        ids = torch.from_numpy(np.concatenate([segment.token_ids for segment in trajectory.segments])).long()
+        with torch.no_grad():
+            scores = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0].double().numpy()
+        mask, start = [], 0
+        for segment in trajectory.segments:
+            end = start + len(segment.token_ids)
+            if segment.version is not None:
+                logprobs.append(scores[start - 1 : end - 1])
+                behaviour.append(segment.logprobs)
+                mask += [AGE_STEP - segment.version <= AGE_BOUND] * (end - start)
+            start = end
+        masks.append(mask)
+        raw.append(trajectory.reward - trajectory.v_hat)
+    scaled = reference_normalise(raw, [sum(mask) for mask in masks], "token")
+    advantages = np.repeat(scaled, [len(mask) for mask in masks])
+    mask_A = np.concatenate(masks)
+    assert 0 < mask_A.sum() < len(mask_A)
+    loss = reference_loss(np.concatenate(logprobs), np.concatenate(behaviour), advantages, mask_A, len(mask_A))
+    assert one_rank["padded"]["facts"][0]["loss"] == pytest.approx(loss, abs=1e-5)
+    for wrong in (mask_A.sum(), np.roll(advantages, 1)):
+        total, shifted = (wrong, advantages) if np.ndim(wrong) == 0 else (len(mask_A), wrong)
+        other = reference_loss(np.concatenate(logprobs), np.concatenate(behaviour), shifted, mask_A, int(total))
+        assert abs(other - loss) > 1e-4, "the loss can tell"
 
 
 @pytest.mark.parametrize("name", list(ONE_RANK)[1:])

@@ -82,8 +82,12 @@ class Site:
     async def _healthy(self) -> bool:
         return self.tools_are_healthy
 
-    async def publish(self, version: int) -> None:
-        await publish(self.redis, self.keys, manifest(self.folder, f"v{version}"), version)
+    async def publish(self, version: int, readable: bool = True) -> None:
+        """Announce a version; of one that is not readable, the file is gone."""
+        told = manifest(self.folder, f"v{version}")
+        if not readable:
+            told = told.model_copy(update={"path": f"{told.path} is gone"})
+        await publish(self.redis, self.keys, told, version)
 
     async def add(self, *leases: Lease) -> None:
         for one in leases:

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from transformers import Qwen3ForCausalLM
 
 from services.rollout import weight_fetch
-from services.rollout.engine import VllmEngine
+from services.rollout.engine import VllmEngine, _generation
 from services.rollout.generation import EngineDead, Generation, GenerationRequest
 from services.rollout.manifest import model_tensors, open_weights
 from services.rollout.metrics import Metrics
@@ -316,6 +316,27 @@ async def test_an_aborted_turn_keeps_its_tokens_and_can_be_continued(bench: Benc
     policy = bench.policies[seed]
     right = policies.reference_logprobs(policy, policy, ids, 12, 1)
     assert (torch.tensor(part.logprobs + rest.logprobs) - right).abs().max() < SAME
+
+
+@ONE_KIND
+async def test_an_abort_is_not_lost_however_early_it_comes(bench: Bench) -> None:
+    """A request is the engine's from the first moment: an abort in the next pass of the event loop finds it."""
+    for number in range(3):
+        running = bench.start(number)
+        await asyncio.sleep(0)
+        await bench.engine.abort(f"r{bench.version}-{number}")
+        assert (await running).finish == "aborted"
+
+
+@ONE_KIND
+async def test_a_request_that_the_engine_fails_is_no_end_of_its_turn(bench: Bench) -> None:
+    from vllm.outputs import CompletionOutput
+
+    ended = CompletionOutput(0, "", [], None, [], finish_reason="abort")
+    assert _generation(ended).finish == "aborted"
+    ended.finish_reason = "error"
+    with pytest.raises(EngineDead, match="ended a request with 'error'"):
+        _generation(ended)
 
 
 @ONE_KIND

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 
 from services.rollout import worker as worker_module
+from services.rollout.environments import make_environment
 from services.rollout.generation import EngineDead, Generation, GenerationRequest
 from services.rollout.node import MARK_S, handed_over
 from singlestream.contracts import (
     Lease,
+    Progress,
+    Segment,
     Trajectory,
     decode,
+    encode,
 )
 from singlestream.embedded_redis import EmbeddedRedis
 from singlestream.streams import GROUP, Held, Keys, LeaseConsumer, connect
@@ -68,6 +72,8 @@ async def test_a_draining_node_hands_over_and_takes_nothing_any_more(site: Site)
 
 
 async def test_a_replica_that_does_not_sign_off_is_not_waited_for_longer(site: Site) -> None:
+    for name, unreadable in (("torn", "{"), ("strange", "[]"), ("timeless", '{"node": "n"}')):
+        await site.redis.hset(site.keys.replicas, name, unreadable)
     report = {"node": "n", "at_s": time.time() + 60}
     await site.redis.hset(site.keys.replicas, "hung", json.dumps(report))
     assert not await handed_over(site.redis, site.keys, "n", deadline_s=0.5)
@@ -169,6 +175,49 @@ async def test_a_dead_engine_ends_the_worker_and_gives_the_lease_back(site: Site
         [ended] = await site.until_ended(1)
     assert isinstance(ended, Trajectory)
     assert ended.attempts == 2
+
+
+async def test_an_engine_that_dies_while_redis_is_away_is_told_all_the_same(site: Site) -> None:
+    await site.add(lease(1))
+    worker = site.worker("a", DyingEngine(TOKENIZER, [CALL, BOX]), stop_timeout_s=0.5)
+
+    async def away(*_: Any, **__: Any) -> bool:
+        raise ConnectionError("away")
+
+    worker.consumer.hand_over = away  # type: ignore[method-assign]
+    with pytest.raises(EngineDead):
+        await asyncio.wait_for(worker.run(), 60)
+
+
+async def test_waiting_for_a_replica_is_no_part_of_an_episodes_time(site: Site) -> None:
+    """So an outage longer than an episode may take ends none: it would be graded as it stands, as the model's doing."""
+    ran_s, waited_s = 100.0, 3600.0
+    back_s = time.time() - waited_s
+    prompt = make_environment("tiny_tool", TOKENIZER).reset("3+4=?")
+    sampled = Segment(
+        kind="generated", token_ids=TOKENIZER.encode(BOX)[:4], logprobs=[-0.5] * 4, version=0, lineage=1, replica="a"
+    )
+    progress = Progress(
+        segments=[Segment(kind="prompt", token_ids=prompt), sampled],
+        turns=0,
+        tool_calls=[],
+        started_at_s=back_s - ran_s,
+    )
+    for number in (1, 2):
+        one = lease(number, progress=progress)
+        entry = f"{int(back_s * 1000)}-{number}"
+        await site.redis.xadd(site.keys.leases("train"), {"id": one.lease_id, "m": encode(one)}, entry)
+        await site.redis.hset(site.keys.live, one.lease_id, entry)
+    silent = LeaseConsumer(site.redis, site.keys, "silent")
+    await silent.join()
+    assert len(await silent.take(["train"], 1, 100)) == 1  # and never goes on with it
+    worker = site.worker("b", ScriptedEngine(TOKENIZER, [BOX]), lease_timeout_s=1.0, max_attempts=50)
+    async with Working(worker):
+        ended = await site.until_ended(2)
+    for outcome in ended:
+        assert isinstance(outcome, Trajectory)
+        assert (outcome.end_reason, outcome.reward) == ("stop", 1.0)
+        assert ran_s - 1 < outcome.finished_at_s - outcome.started_at_s < worker.settings.episode_deadline_s
 
 
 async def test_a_replica_that_hands_over_slowly_still_reports(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

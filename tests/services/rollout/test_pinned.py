@@ -44,7 +44,6 @@ async def site(redis: Redis, keys: Keys, tmp_path: Path) -> AsyncIterator[tuple[
     config = Config(
         run={"name": keys.run, "model": "none", "total_steps": 100_000, "train_batch_size": 4, "max_staleness": 9},
         value_store={"training": "running"},
-        rollout={"evaluation_share": 0.5},
     )
     store, learner = Store(config, redis), World(redis, keys)
     async with Running(store):
@@ -113,15 +112,8 @@ def purposes(worker: RolloutWorker) -> set[str]:
     return {running.held.lease.purpose for running in worker.running.values()}
 
 
-async def test_a_version_that_died_with_its_replica_ends_the_job_by_name(
-    site: tuple[Site, Store], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_version_that_died_with_its_replica_ends_the_job_by_name(site: tuple[Site, Store]) -> None:
     one, store = site
-    monkeypatch.setattr(
-        store,
-        "config",
-        store.config.model_copy(update={"rollout": store.config.rollout.model_copy(update={"evaluation_share": 1.0})}),
-    )
     async with Working(one.worker("a", SlowEngine(TOKENIZER, [BOX]))):
         await until(lambda: true(bool(store.alive_replicas())), "the replica's report")
         job = await evaluations.create_job(store, evaluation(store, n=8), resume=False)

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -19,7 +19,8 @@ import pytest
 import pytest_asyncio
 
 from singlestream.contracts import Lease, decode
-from tests.services.rollout.service import RESPONSE_TOKENS, Service, running
+from singlestream.streams import GROUP
+from tests.services.rollout.service import RESPONSE_TOKENS, START_S, Service, running
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
@@ -48,7 +49,9 @@ def engine_processes(replica: str) -> list[psutil.Process]:
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     folder = tmp_path_factory.mktemp("replicas")
     # so many attempts: a replica that is slow on a busy machine may lose a lease more than once
-    async with running(folder, replicas=1, max_replicas=2, lease_timeout_s=LEASE_TIMEOUT_S, max_attempts=50) as one:
+    # and so much patience of Serve's: it would replace the one that the test stops
+    patience = {"lease_timeout_s": LEASE_TIMEOUT_S, "max_attempts": 50, "engine_timeout_s": START_S}
+    async with running(folder, replicas=1, max_replicas=2, **patience) as one:
         yield one
 
 
@@ -73,35 +76,79 @@ async def test_a_second_replica_joins_and_loads_the_newest_weights_first(service
     assert len({tuple(one.segments[1].token_ids.tolist()) for one in ended}) == len(ended)
 
 
-async def test_a_killed_and_a_frozen_replica_lose_no_lease(service: Service) -> None:
-    before = await service.redis.xlen(service.keys.trajectories)
-    first, last = await service.add(MANY, 1)
-    killed, frozen = sorted(await service.busy(2))
+async def freeze(service: Service, replica: str) -> tuple[list[psutil.Process], set[str]]:
+    """Stop a replica and its engine while it holds leases; returns their processes, its own last, and its entries."""
+    processes = [*engine_processes(replica), psutil.Process(pid_of(replica))]
+    started = time.monotonic()
+    while True:
+        for process in reversed(processes):
+            process.suspend()
+        if entries := await pending(service, replica):
+            return processes, entries
+        for process in processes:
+            process.resume()  # between two leases
+        assert time.monotonic() - started < START_S, f"{replica} holds no lease"
+        await asyncio.sleep(0.1)
 
-    children = engine_processes(killed)
+
+async def pending(service: Service, replica: str) -> set[str]:
+    """Entries of the leases that are a replica's."""
+    stream = service.keys.leases("train")
+    told = await service.redis.xpending_range(stream, GROUP, "-", "+", 100, consumername=replica)
+    return {one["message_id"].decode() for one in told}
+
+
+async def holds_none(service: Service, replica: str) -> bool:
+    return not await pending(service, replica)
+
+
+async def leases_lost(service: Service) -> float:
+    """The most that one of the replicas says it has lost."""
+    lost = 0.0
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.port}", timeout=60) as client:
+        for session in map(str, range(12)):
+            told = (await client.get("/metrics", headers={"X-Session-Id": session})).text
+            counts = re.findall(r"^singlestream_rollout_lost_total (\S+)", told, re.MULTILINE)
+            lost = max([lost, *map(float, counts)])
+    return lost
+
+
+async def until(condition: Callable[[], Awaitable[Any]], what: str) -> None:
+    started = time.monotonic()
+    while not await condition():
+        assert time.monotonic() - started < START_S, f"waited for {what}"
+        await asyncio.sleep(0.2)
+
+
+async def test_a_frozen_and_a_killed_replica_lose_no_lease(service: Service) -> None:
+    before = await service.redis.xlen(service.keys.trajectories)
+    first, _ = await service.add(MANY, 1)
+    frozen, living = sorted(await service.busy(2))
+
+    # the other claims what the frozen one holds; when it goes on it finds its leases gone, and changes nothing
+    processes, entries = await freeze(service, frozen)
+    live = await service.redis.hgetall(service.keys.live)
+    taken = {number.decode() for number, entry in live.items() if entry.decode() in entries}
+    await until(lambda: holds_none(service, frozen), "the frozen replica's leases to be claimed")
+    processes[-1].resume()
+    await until(lambda: leases_lost(service), "the continued replica to find its leases gone")
+    for process in processes:
+        process.resume()
+
+    await service.feed(1, lambda told: both_busy(told, {frozen, living}), "episodes in both again")
+    children = engine_processes(living)
     assert len(children) >= 2
-    os.kill(pid_of(killed), signal.SIGKILL)
+    os.kill(pid_of(living), signal.SIGKILL)
     _, alive = await asyncio.to_thread(psutil.wait_procs, children, 60)
     assert not alive, f"the engine outlived its replica: {alive}"
-    await service.redis.hdel(service.keys.replicas, killed)
+    await service.redis.hdel(service.keys.replicas, living)
 
-    stopped = [pid_of(frozen)]
-    os.kill(stopped[0], signal.SIGSTOP)
-    await asyncio.sleep(LEASE_TIMEOUT_S + 1)
-    os.kill(stopped[0], signal.SIGCONT)
-
-    ended = (await service.ended(before + MANY))[before:]
-    assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in range(first, last))
-    assert max(one.attempts for one in ended) >= 2
+    ended = (await service.ended(before + service.leases + 1 - first))[before:]
+    expected = range(first, service.leases + 1)
+    assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in expected)
+    assert min(one.attempts for one in ended if one.lease_id in taken) >= 2
     assert await service.redis.hlen(service.keys.live) == 0
-
-    # Serve brings another, which loads the newest weights before it takes a lease
-    newcomers = await service.until(lambda told: set(told) - {killed, frozen}, 1, "new replicas")
-    await service.feed(1, lambda told: both_busy(told, newcomers), "episodes in the new replica")
-    ended = (await service.ended(service.leases))[before:]
-    theirs = [s for one in ended for s in one.segments if s.replica in newcomers]
-    assert {s.replica for s in theirs} == newcomers
-    assert {s.version for s in theirs if s.version is not None} == {1}
+    await service.until(lambda told: set(told) - {frozen, living}, 1, "new replicas, from Serve")
 
 
 async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) -> None:
@@ -204,6 +251,10 @@ async def test_the_http_interface_runs_an_episode(service: Service) -> None:
         assert len(generated["logprobs"]) == len(generated["token_ids"]) == RESPONSE_TOKENS
         refused = await client.post("/v1/episodes", json={**body, "environment": "no_such"})
         assert refused.status_code == 422
+        for stream in (False, True):  # what only the engine can tell
+            refused = await client.post("/v1/completions", json={"prompt": [10**6], "stream": stream})
+            assert refused.status_code == 422
+            assert "out of vocabulary" in refused.json()["detail"]
 
 
 async def test_the_openai_client_works(service: Service) -> None:
@@ -226,7 +277,7 @@ async def test_the_openai_client_works(service: Service) -> None:
         assert "".join(parts) == whole
         assert len(parts) > 1
         with pytest.raises(openai.UnprocessableEntityError):
-            await client.chat.completions.create(model=model.id, messages=messages, response_format={"type": "text"})
+            await client.chat.completions.create(model=model.id, messages=messages, seed=1)
         with pytest.raises(openai.UnprocessableEntityError):
             await client.completions.create(model=model.id, prompt="x" * 600)
 

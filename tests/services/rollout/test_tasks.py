@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from pathlib import Path
@@ -92,6 +93,32 @@ def test_a_row_with_an_empty_answer_is_left_out_and_told(tmp_path: Path, capsys:
     assert "1 rows left out, the first: question_answer, row 1: an empty answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("question_answer", {"question": "Q", "answer": None}, {"question": "R", "answer": "A"}),
+        ("question_answer", {"question": None, "answer": "A"}, {"question": "R", "answer": "A"}),
+        ("question_answer", {"question": "Q", "answer": math.nan}, {"question": "R", "answer": 7.5}),
+        ("math", {"prompt": chat("Q", "A")["prompt"], "reward_model": None}, chat("R", "A")),
+        ("gsm8k", {"question": "Q", "answer": "48/2 = 24, so 72"}, {"question": "R", "answer": "so\n#### 72"}),
+    ],
+    ids=["answer", "question", "nan", "part of the path", "mark"],
+)
+def test_a_row_whose_answer_is_not_there_is_left_out(
+    name: str, bad: dict[str, Any], good: dict[str, Any], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Null, which is common in Parquet, is neither the text None nor a reason to give the data set up."""
+    source, out = tmp_path / f"rows.{kind}", tmp_path / "out.jsonl"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([good, bad]), source)
+    else:
+        source.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    assert main([name, str(source), "--out", str(out)]) == 0
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["R"]
+    assert f"1 rows left out, the first: {name}, row 2: an " in capsys.readouterr().err
+
+
 def test_tasks_of_reasoning_gym_by_name(tmp_path: Path) -> None:
     assert main(["reasoning_gym:basic_arithmetic:5:1", "--out", str(tmp_path / "out")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
@@ -135,9 +162,22 @@ def two_rewards(completions: list[str], **_: Any) -> list[float]:
     return [0.0, 1.0]
 
 
+async def compute_score_later(**columns: Any) -> dict[str, Any]:
+    await asyncio.sleep(0)
+    return compute_score(**columns)
+
+
+async def length_reward_later(**columns: Any) -> list[float]:
+    await asyncio.sleep(0)
+    return length_reward(**columns)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "reward"),
     [
+        ("verl:{}:compute_score_later", "it is 42", 1.0),
+        ("verl:{}:compute_score_later", "no", 0.0),
+        ("trl:{}:length_reward_later", "is 42", 0.5),
         ("verl:{}:compute_score", "it is 42", 1.0),
         ("verl:{}:compute_score", "no", 0.0),
         ("trl:{}:length_reward", "is 42", 0.5),

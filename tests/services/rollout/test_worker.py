@@ -130,6 +130,15 @@ async def test_no_lease_is_taken_while_the_gateway_is_away(site: Site) -> None:
     assert Counter(one.attempts for one in ended) == {1: 2, 2: 1}  # type: ignore[attr-defined]
 
 
+async def test_a_task_without_code_needs_no_gateway(site: Site) -> None:
+    site.tools_are_healthy = False
+    await site.add(lease(1, environment="tests.services.rollout.guessing:Guessing", attempts=1))
+    async with Working(site.worker("a", ScriptedEngine(TOKENIZER, ["<guess>7</guess>"]))):
+        [ended] = await site.until_ended(1)
+    assert isinstance(ended, Trajectory)
+    assert (ended.reward, ended.attempts) == (1.0, 2)
+
+
 @pytest.mark.parametrize(
     ("environment", "reason", "detail"),
     [
@@ -205,3 +214,21 @@ async def test_versions_passed_over_are_counted_and_never_go_back(site: Site) ->
         await site.add(lease(1, version=6, lineage=1))
         await site.until_ended(1)
     assert engine.held == (6, 1)
+
+
+async def test_versions_passed_over_after_an_error_and_a_hold_are_counted_too(site: Site) -> None:
+    keeper = site.worker("a", ScriptedEngine(TOKENIZER, [BOX])).weights
+    stop = asyncio.Event()
+    following = asyncio.create_task(keeper.run(stop))
+    await keeper.ensure(0, 1)
+    await site.publish(1, readable=False)
+    await until(lambda: true(bool(keeper.last_error)), "an update that fails")
+    await keeper.hold(True)
+    for version in (2, 3):
+        await site.publish(version)
+    await keeper.hold(False)
+    await keeper.ensure(3, 1)
+    assert keeper.held == (3, 1)
+    await until(lambda: true(keeper.metrics.skipped._value.get() == 2), "the count of versions 1 and 2")
+    stop.set()
+    await following

@@ -186,6 +186,18 @@ MEMORY = (
         except PermissionError: print('held')
         """,
     ),
+    Attack(
+        "locks of files",
+        """
+        import fcntl
+        file, fd = open('/tmp/a', 'w'), open('/dev/null')
+        for n in range(15_000): fcntl.lockf(file, fcntl.LOCK_EX, 1, 2 * n); fcntl.lockf(fd, fcntl.LOCK_SH, 1, 2 * n)
+        for lock in (lambda: fcntl.flock(file, fcntl.LOCK_EX), lambda: fcntl.fcntl(file, 37, bytes(32))):
+            try: lock(); print('free')
+            except PermissionError: pass
+        print('held')
+        """,
+    ),
     Attack("deep recursion", "def f(n): return f(n + 1)\nf(0)", ("error",), ""),
     Attack(
         "deep recursion without limit",

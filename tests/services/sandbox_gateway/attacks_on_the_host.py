@@ -143,10 +143,10 @@ NETWORK = (
     raising(
         "connections to the host",
         """
-        socket.create_connection(('127.0.0.1', CANARY_PORT), 2)
+        socket.create_connection(('CANARY_HOST', CANARY_PORT), 2)
         socket.create_connection(('localhost', CANARY_PORT), 2)
-        import urllib.request; urllib.request.urlopen('http://127.0.0.1:CANARY_PORT/', timeout=2)
-        import http.client; http.client.HTTPConnection('127.0.0.1', CANARY_PORT, timeout=2).request('GET', '/')
+        import urllib.request; urllib.request.urlopen('http://CANARY_HOST:CANARY_PORT/', timeout=2)
+        import http.client; http.client.HTTPConnection('CANARY_HOST', CANARY_PORT, timeout=2).request('GET', '/')
         socket.gethostbyname('example.com')
         """,
     ),
@@ -237,6 +237,10 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(address)())
     raising(
         "terminal input and devices by ioctl",
         "import fcntl; fcntl.ioctl(0, 0x5412, b'x')\nimport fcntl; fcntl.ioctl(1, 0x8933, bytes(40))",
+    ),
+    Attack(
+        "memory in the hands of the host's crash handler",
+        NATIVE + "print('held' if libc.prctl(3) == 0 and libc.prctl(4, 1) < 0 and libc.prctl(3) == 0 else 'free')",
     ),
     Attack(
         "undoing the filter",

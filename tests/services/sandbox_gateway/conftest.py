@@ -10,16 +10,16 @@ import pytest
 from tests.services.sandbox_gateway.gateway import Gateway
 
 ATTACH = "SINGLESTREAM_TEST_SANDBOX"
-"""``PID URL`` of a running gateway to attack instead of one of the tests' own; deploy/sandbox_gateway/attack_container
-sets it.
+"""``PID URL HOST`` of a running gateway to attack instead of one of the tests' own; HOST is the host's address as the
+gateway sees it. deploy/sandbox_gateway/attack_container sets it.
 """
 
 
 @pytest.fixture(scope="session")
 def gateway() -> Iterator[Gateway]:
     if attach := os.environ.get(ATTACH):
-        pid, url = attach.split()
-        attached = Gateway.attach(int(pid), url)
+        pid, url, host = attach.split()
+        attached = Gateway.attach(int(pid), url, host)
         yield attached
         attached.detach()
         return

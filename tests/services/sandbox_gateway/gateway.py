@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.ports import free_port
 
 SECRET = "hunter2-not-for-snippets"  # noqa: S105
 """In the gateway's environment and in its :attr:`Gateway.secret_file`; no output may ever hold it."""
+COMMAND = (sys.executable, "-m", "services.sandbox_gateway")
 START_DEADLINE_S = 120.0
 SETTLE_DEADLINE_S = 60.0
 NAMED = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'snippet', 0, 0, 0)\n"
@@ -36,15 +37,27 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
+def limit_descriptors(process: psutil.Process, count: int) -> None:
+    """Set the soft limit of a process: as its own user, as root may lack CAP_SYS_RESOURCE."""
+    user, group = process.uids().real, process.gids().real
+    subprocess.run(["prlimit", f"--pid={process.pid}", f"--nofile={count}:"], user=user, group=group, check=True)
+
+
 class Gateway:
     """A gateway process of its own, on a port of its own.
 
     Args:
-        settings: of the ``sandbox_gateway`` section.
         warm: whether to wait until every kind of zygote is ready.
+        command: starts it.
+        settings: of the ``sandbox_gateway`` section.
     """
 
-    def __init__(self, warm: bool = True, **settings: object) -> None:
+    host = "127.0.0.1"
+    """The host's address, as the gateway sees it."""
+    beside: tuple[str, ...] = ()
+    """Goes before a command that shall run in the gateway's network."""
+
+    def __init__(self, warm: bool = True, command: Sequence[str] = COMMAND, **settings: object) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = tempfile.NamedTemporaryFile("w+", prefix="sandbox-gateway-", suffix=".log")  # noqa: SIM115
@@ -55,7 +68,6 @@ class Gateway:
             **{f"SINGLESTREAM_SANDBOX_GATEWAY__{key.upper()}": str(value) for key, value in settings.items()},
         }
         environment.pop("SINGLESTREAM_CONFIG", None)
-        command = [sys.executable, "-m", "services.sandbox_gateway"]
         root = Path(__file__).parents[3]
         self.process: Any = subprocess.Popen(command, cwd=root, env=environment, stdout=self.log, stderr=self.log)
         try:
@@ -69,10 +81,11 @@ class Gateway:
         self._leave_secret()
 
     @classmethod
-    def attach(cls, pid: int, url: str) -> Gateway:
+    def attach(cls, pid: int, url: str, host: str) -> Gateway:
         """A gateway that something else has started, such as a container; its secret must be :data:`SECRET`, too."""
         attached = cls.__new__(cls)
         attached.url, attached.port = url, int(url.rsplit(":", 1)[1])
+        attached.host, attached.beside = host, ("nsenter", f"--net=/proc/{pid}/ns/net")
         attached.process = psutil.Process(pid)
         attached.log = tempfile.NamedTemporaryFile("w+", prefix="sandbox-gateway-", suffix=".log")  # noqa: SIM115
         attached._wait_ready(warm=True)
@@ -124,6 +137,16 @@ class Gateway:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def zygotes(self) -> list[psutil.Process]:
+        """The warm Pythons, oldest first."""
+        found = []
+        for process in self.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = process.parent()
+                if parent is not None and name_of(parent) == "bwrap" != name_of(process):
+                    found.append(process)
+        return sorted(found, key=lambda process: (process.create_time(), process.pid))
+
     def runs(self) -> list[psutil.Process]:
         """Runs in progress that have come to their :data:`NAMED`, oldest first."""
         found = [process for process in self.descendants() if name_of(process) == "snippet"]
@@ -162,7 +185,7 @@ class Gateway:
         self.wait_for_metric("used_slots", 0)
 
     def open_files(self) -> int:
-        """Descriptors of the gateway, its lines to jails included, its callers' connections left out."""
+        """Descriptors of the gateway and its zygotes, lines to jails included, connections of callers left out."""
         proc = Path(f"/proc/{self.process.pid}")
         lines = {line.split()[6] for line in (proc / "net/unix").read_text().splitlines()[1:]}  # inodes
         count = 0
@@ -170,16 +193,14 @@ class Gateway:
             with contextlib.suppress(FileNotFoundError):
                 kind, _, inode = os.readlink(entry).partition(":")
                 count += kind != "socket" or inode.strip("[]") in lines
+        for zygote in self.zygotes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                count += zygote.num_fds()
         return count
 
     def memory_bytes(self) -> int:
         """Resident memory of the gateway and its zygotes; what runs and jails share with theirs is not counted."""
-        total = psutil.Process(self.process.pid).memory_info().rss
-        for process in self.descendants():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                parent = process.parent()
-                total += process.memory_info().rss if parent is not None and name_of(parent) == "bwrap" else 0
-        return total
+        return sum(p.memory_info().rss for p in (psutil.Process(self.process.pid), *self.zygotes()))
 
     def footprint(self) -> tuple[int, int]:
         """Processes below the gateway and its open files, once they stay the same: spare jails may still be opened."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from collections.abc import Iterator
@@ -9,7 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.types import Message
 
+from services.sandbox_gateway import app
+from services.sandbox_gateway.problems import Problem
 from singlestream.contracts.sandbox import ExecuteResult
 from tests.services.sandbox_gateway.gateway import Gateway
 
@@ -120,6 +125,21 @@ def test_large_requests_are_refused(gateway: Gateway) -> None:
     problem_of(gateway.http.post("/v1/execute", content=b" " * (9 << 20)), 413, "too_large")
 
 
+async def test_a_body_that_stalls_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_DEADLINE_S", 0.05)
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    with pytest.raises(Problem, match="the body") as raised:
+        async with asyncio.timeout(60):
+            await app._read_body(Request({"type": "http", "headers": []}, receive))
+    answer = raised.value.response()
+    assert (answer.status_code, raised.value.code) == (408, "request_timeout")
+    assert answer.headers["connection"] == "close"
+
+
 def test_unknown_paths_and_methods(gateway: Gateway) -> None:
     problem_of(gateway.http.get("/v2"), 404, "not_found")
     problem_of(gateway.http.get("/v1/execute"), 405, "method_not_allowed")
@@ -128,7 +148,7 @@ def test_unknown_paths_and_methods(gateway: Gateway) -> None:
 def test_openapi_documents_requests_results_and_problems(gateway: Gateway) -> None:
     document = gateway.http.get("/openapi.json").json()
     operation = document["paths"]["/v1/execute"]["post"]
-    assert set(operation["responses"]) == {"200", "413", "422", "429", "500", "503", "504"}
+    assert set(operation["responses"]) == {"200", "408", "413", "422", "429", "500", "503", "504"}
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert all(field.get("description") for field in schema["properties"].values())
     assert operation["requestBody"]["content"]["application/json"]["examples"]

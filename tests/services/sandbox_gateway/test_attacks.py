@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,11 +46,19 @@ CLEAN_FACTS = {
 }
 
 
-class CanaryServers:
-    """What no run may reach: a TCP port and an abstract Unix socket."""
+MAX_GROWTH_BYTES = 16 << 20
+"""Gateway and zygotes together: the first attacks fill caches."""
 
-    def __init__(self) -> None:
-        self.tcp = socket.create_server(("127.0.0.1", 0))
+
+class CanaryServers:
+    """What no run may reach: a TCP port and an abstract Unix socket.
+
+    Args:
+        host: address at which the gateway sees the host.
+    """
+
+    def __init__(self, host: str) -> None:
+        self.tcp = socket.create_server((host, 0))
         self.tcp.setblocking(False)
         self.port = self.tcp.getsockname()[1]
         self.abstract_name = f"@sandbox-canary-{self.port}"
@@ -63,8 +73,8 @@ class CanaryServers:
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[CanaryServers]:
-    started = CanaryServers()
+def servers(gateway: Gateway) -> Iterator[CanaryServers]:
+    started = CanaryServers(gateway.host)
     yield started
     started.tcp.close()
     started.abstract.close()
@@ -75,10 +85,16 @@ def at_rest(gateway: Gateway) -> tuple[int, int]:
     return gateway.footprint()
 
 
+@pytest.fixture(scope="module")
+def memory_before(gateway: Gateway, at_rest: tuple[int, int]) -> int:
+    return gateway.memory_bytes()
+
+
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+@pytest.mark.usefixtures("memory_before")
 def test_contained(gateway: Gateway, servers: CanaryServers, at_rest: tuple[int, int], attack: Attack) -> None:
     code = attack.code.replace("CANARY_PORT", str(servers.port)).replace("CANARY_ABSTRACT", servers.abstract_name)
-    code = code.replace("SECRET_FILE", gateway.secret_path)
+    code = code.replace("SECRET_FILE", gateway.secret_path).replace("CANARY_HOST", gateway.host)
     result = gateway.run(code, **{"timeout_s": 20, **attack.request})
     if result["status"] == "timeout" and attack.stdout and not result["stdout"]:
         result = gateway.run(
@@ -101,9 +117,17 @@ def test_there_are_enough_of_them() -> None:
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
 
 
-def test_no_zygote_died_of_them(gateway: Gateway) -> None:
-    """Runs last in this file: all attacks went through the zygotes that the gateway started with."""
+def test_nothing_is_left_of_them(gateway: Gateway, memory_before: int) -> None:
+    """Runs after them all, which went through the zygotes that the gateway started with."""
     assert 'reason="died"' not in gateway.http.get("/metrics").text
+    assert gateway.memory_bytes() - memory_before < MAX_GROWTH_BYTES
+
+
+def test_the_canary_was_there_to_reach(gateway: Gateway, servers: CanaryServers) -> None:
+    """From the gateway's own network it can be; only the runs could not."""
+    program = f"import socket; socket.create_connection(({gateway.host!r}, {servers.port}), 20)"
+    subprocess.run([*gateway.beside, sys.executable, "-c", program], check=True, timeout=60)
+    servers.tcp.accept()[0].close()
 
 
 def test_the_secret_was_there_to_read(gateway: Gateway) -> None:

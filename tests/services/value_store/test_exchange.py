@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import resource
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pyarrow as pa
@@ -15,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
+from services.value_store import exchange, routes_exchange
 from services.value_store.bounds import RateLimit
 from services.value_store.store import Store
 from singlestream.streams import Keys
@@ -99,9 +104,47 @@ async def test_offline_values_of_the_recipe_both_ways(
     assert missing.status_code == 404
 
 
+async def test_rewards_of_one_question_in_two_sources_are_one_key(
+    http: httpx.AsyncClient,
+    store: Store,  # noqa: F811
+    redis: Redis,
+    keys: Keys,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = [one for source in ("s", "t") for one in await put(http, bodies(3, source=source))]
+    world = World(redis, keys)
+    await world.start()
+    job = (await http.post("/v1/jobs", json={"purpose": "estimate", "prompt_ids": ids[:5], "n": 3})).json()["job_id"]
+    await store.issue(100)
+    await world.play(lambda lease: float(int(lease.answer) == 1))
+    await settle(store)
+    asked: list[int] = []
+    hmget = redis.hmget
+
+    async def counting(key: str, fields: list[str]) -> object:
+        asked.append(len(fields))
+        return await hmget(key, fields)
+
+    monkeypatch.setattr(redis, "hmget", counting)
+    for most in (7, 2):  # two prompts at a time; fewer results than a prompt has
+        monkeypatch.setattr(routes_exchange, "ROWS_AT_A_TIME", most)
+        asked.clear()
+        reply = await http.get("/v1/export", params={"format": "offline_values", "job": job})
+        pairs = json.loads(reply.content, object_pairs_hook=list)
+        assert sorted(pairs) == [("What is 0?", [0.0] * 6), ("What is 1?", [1.0] * 6), ("What is 2?", [0.0] * 3)]
+        assert max(asked) <= max(most, 3)
+
+
 def parquet(rows: list[dict[str, object]]) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def parquet_with_bad_text() -> bytes:
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, *pa.array([b"\xff\xfe"]).buffers()[1:]])
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"question": bad, "answer": ["a"]}), sink)
     return sink.getvalue()
 
 
@@ -113,10 +156,16 @@ def parquet(rows: list[dict[str, object]]) -> bytes:
         ("ndjson", b'{"question": "q"}', "line 1: answer: Field required"),
         ("ndjson", b'{"question": "q", "answer": "a", "alpha": -1}', "line 1: alpha"),
         ("ndjson", b'{"question": "q", "answer": "a", "prior_rewards": [2]}', "line 1: prior_rewards"),
+        ("ndjson", b"[" * 200_000, "line 1: not JSON"),
         ("ndjson", b" " * (9 * 1024 * 1024), "longer than the bound of 8388608 bytes"),
         ("parquet", b"rubbish", "not a Parquet file"),
         ("parquet", parquet([{"question": "q", "answer": "a"}, {"question": "", "answer": "a"}]), "row 2: question"),
+        ("parquet", parquet_with_bad_text(), "not a Parquet file that can be read: 'utf-8' codec"),
         ("offline_values", b"[1]", "expected an object"),
+        ("offline_values", b'{"q":' + b"[" * 2_000_000, "prompt 1 ('q'): expected a list of finite scores"),
+        ("offline_values", b'{"q": [1], "r": [1, {"s": 1}]}', "prompt 2 ('r'): expected a list of finite scores"),
+        ("offline_values", b'{"' + b"q" * (17 * 1024 * 1024), "prompt 1 is longer than the bound of 16777216 bytes"),
+        ("offline_values", b"{}", "with at least one prompt"),
         ("offline_values", b"{rubbish", "not JSON"),
         ("offline_values", b'{"q": [1', "not JSON"),
         ("offline_values", b'{"q": 1}', "prompt 1 ('q'): expected a list of finite scores"),
@@ -128,6 +177,40 @@ async def test_a_bad_import_names_the_place(http: httpx.AsyncClient, format: str
     assert reply.status_code == 422
     assert says in reply.json()["detail"]
     assert "before it have been imported" in reply.json()["detail"]
+
+
+async def test_long_prompts_come_fewer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "STRETCH_BYTES", 25_000)
+    rows: list[dict[str, object]] = [{"question": f"{i} " + "x" * 10_000, "answer": "a"} for i in range(7)]
+
+    async def chunks(body: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 4000):
+            yield body[start : start + 4000]
+
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    assert [len(part) async for part in exchange.read_ndjson(chunks(lines))] == [3, 3, 1]
+    recipe = json.dumps({str(row["question"]): [1] for row in rows}).encode()
+    assert max([len(part) async for part in exchange.read_offline_values(chunks(recipe))]) <= 3
+    path = tmp_path / "long.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="none")
+    assert [len(part) for part in exchange.read_parquet(path)] == [2, 2, 2, 1]
+
+
+async def test_an_import_that_cannot_be_kept_says_where(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    small, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a full disk, or a small one in memory, would
+    try:
+        reply = await load(http, b"x" * 300_000, "parquet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small, hard))
+    assert reply.status_code == 413
+    assert f"cannot be kept in {tmp_path} while it is read (File too large)" in reply.json()["detail"]
+    assert "TMPDIR" in reply.json()["detail"]
+    assert os.listdir(tmp_path) == []
+    assert (await load(http, parquet([{"question": "q", "answer": "a"}]), "parquet")).status_code == 200
 
 
 async def test_bodies_are_bounded(redis: Redis, keys: Keys) -> None:

@@ -79,7 +79,16 @@ def test_evaluations_run_one_at_a_time() -> None:
 
 @pytest.mark.parametrize(
     ("alive", "share", "training", "most"),
-    [(1, 1.0, True, 1), (4, 0.25, True, 1), (10, 0.3, True, 3), (3, 0.25, True, 0), (3, 0.25, False, 3)],
+    [
+        (1, 1.0, True, 1),
+        (4, 0.25, True, 1),
+        (10, 0.3, True, 3),
+        (3, 0.5, True, 1),
+        (1, 0.5, True, 1),  # there is no smaller part of it
+        (3, 0.25, True, 1),
+        (3, 0.25, False, 3),
+        (0, 0.5, True, 0),
+    ],
 )
 def test_capacity(alive: int, share: float, training: bool, most: int) -> None:
     assert pinning.capacity(alive, share, training) == most
@@ -88,14 +97,11 @@ def test_capacity(alive: int, share: float, training: bool, most: int) -> None:
 def test_what_is_waited_for_is_named() -> None:
     one, alive = job(), [replica("a")]
 
-    def told(
-        job: Job, first: Job | None = None, pin: Pin | None = None, who: object = alive, most: int = 1
-    ) -> str | None:
-        return pinning.waiting_for(job, first or job, pin, who, most, 0.5)  # type: ignore[arg-type]
+    def told(job: Job, first: Job | None = None, pin: Pin | None = None, who: object = alive) -> str | None:
+        return pinning.waiting_for(job, first or job, pin, who)  # type: ignore[arg-type]
 
     assert "none has reported" in str(told(one, who=[]))
     assert "one at a time" in str(told(one, job(number="f" * 12)))
-    assert "evaluation_share = 0.5 of 1 is none" in str(told(one, most=0))
     assert told(one) == "a replica to hold its weights"
     assert told(held_to(7), pin=Pin(JOB, (), 7, 1)) == "a replica that holds policy version 7.1"
     assert told(held_to(7), pin=Pin(JOB, ("a",), 7, 1)) is None

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import httpx
+import numpy as np
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
+from services.value_store import evaluations, routes_prompts
 from services.value_store.app import make_app
+from services.value_store.prompts import Prompt
 from services.value_store.store import Store
-from singlestream.errors import ConfigError
+from services.value_store.table import Table
+from singlestream.errors import Fenced
 from singlestream.streams import Keys
 from tests.services.value_store.world import World, make_config, settle, wake
 
@@ -83,6 +89,41 @@ async def test_upsert_takes_lines_too(http: httpx.AsyncClient) -> None:
     assert (await http.post("/v1/prompts", content=text, headers={"content-type": "text/plain"})).status_code == 422
 
 
+async def test_a_prompt_twice_in_one_upsert(http: httpx.AsyncClient) -> None:
+    """Its last text and split count, and the last prior that it was given."""
+    for known in (False, True):
+        question = f"again {known}"
+        one = {"question": question, "answer": "1", "source": "s"}
+        if known:
+            await put(http, [one])
+        [prompt_id, _] = await put(http, [{**one, "prior_rewards": [1.0]}, {**one, "answer": "2", "split": "eval"}])
+        found = (await http.get(f"/v1/prompts/{prompt_id}")).json()
+        assert (found["answer"], found["split"], found["alpha"]) == ("2", "eval", pytest.approx(8 * 1.5 / 2))
+        assert (await http.get("/v1/prompts", params={"q": question, "split": "train"})).json()["prompts"] == []
+
+
+async def test_a_page_is_of_one_memory(http: httpx.AsyncClient, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is read anew while a page waits for its texts: rows have other numbers then."""
+    await put(http, bodies(5, split="eval"))
+    ids = await put(http, bodies(5, source="t"))
+    fetch, table = store.fetch_prompts, store.memory.table
+
+    async def fetch_as_memory_is_read_anew(ids: Sequence[str]) -> list[Prompt | None]:
+        await wake(store)
+        order = [store.memory.table.id(row) for row in range(len(table))]
+        rows = [table.row(one) for one in reversed(order)]
+        store.memory.table = Table()
+        store.memory.table.put(order[::-1], table.records(np.array(rows)))
+        return await fetch(ids)
+
+    monkeypatch.setattr(routes_prompts, "SCANNED_AT_A_TIME", 2)
+    monkeypatch.setattr(store, "fetch_prompts", fetch_as_memory_is_read_anew)
+    for params in ({"source": "t", "q": "what"}, {"split": "train", "q": "what"}):
+        found = (await http.get("/v1/prompts", params=params)).json()["prompts"]
+        assert sorted(one["prompt_id"] for one in found) == sorted(ids)
+        assert {(one["source"], one["split"]) for one in found} == {("t", "train")}
+
+
 async def test_pages_follow_one_another_whatever_the_order(http: httpx.AsyncClient, store: Store) -> None:
     rewards = [[float(i % 3 == 0)] * (i % 5) or None for i in range(57)]
     prompts = [{**one, "prior_rewards": r} for one, r in zip(bodies(57), rewards, strict=True)]
@@ -99,9 +140,11 @@ async def test_pages_follow_one_another_whatever_the_order(http: httpx.AsyncClie
                 if (cursor := page["cursor"]) is None:
                     break
             assert sorted(one["prompt_id"] for one in seen) == sorted(ids)
-            if order == "value":
-                values = [one["v_hat"] for one in seen]
+            if field := {"value": "v_hat", "weight": "weight", "n_eff": "n_eff"}.get(order):
+                values = [one[field] for one in seen]
                 assert values == sorted(values, reverse=descending)
+    assert len({one["weight"] for one in seen}) > 2
+    assert all(one["weight"] == pytest.approx((one["v_hat"] * (1 - one["v_hat"])) ** 0.5 + 0.05) for one in seen)
 
 
 async def test_filters(http: httpx.AsyncClient) -> None:
@@ -136,7 +179,21 @@ async def test_values_by_ids_and_by_texts(http: httpx.AsyncClient) -> None:
         values = (await http.post("/v1/values", json=body)).json()["values"]
         assert [one and one["prompt_id"] for one in values] == [ids[1], None]
     assert (await http.post("/v1/values", json={**texts, "source": "t"})).json()["values"] == [None, None]
-    assert (await http.post("/v1/values", json={"ids": [], "texts": []})).status_code == 422
+    for bad in ({"ids": [], "texts": []}, {"texts": ["\ud800"]}, {"texts": [], "source": "\ud800"}):
+        reply = await http.post("/v1/values", content=json.dumps(bad), headers={"content-type": "application/json"})
+        assert reply.status_code == 422, bad
+
+
+async def test_a_look_up_hashes_no_more_than_its_bound(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source in ("s", "t", "u"):
+        await put(http, bodies(1, source=source))
+    monkeypatch.setattr(routes_prompts, "HASHED_CHARACTERS", 29)
+    for source, status in ((None, 422), ("t", 200)):
+        reply = await http.post("/v1/values", json={"texts": ["What is 0?"], "source": source})
+        assert reply.status_code == status
+    assert "30 characters × sources" in (await http.post("/v1/values", json={"texts": ["What is 0?"]})).text
 
 
 async def test_history_tells_every_update(http: httpx.AsyncClient, store: Store, redis: Redis, keys: Keys) -> None:
@@ -177,6 +234,10 @@ async def test_the_run_at_a_glance(http: httpx.AsyncClient, store: Store, redis:
     assert policy["newest"]["version"] == 0
     preview = (await http.get("/v1/preview", params={"count": 5})).json()["prompts"]
     assert len({one["prompt_id"] for one in preview}) == 5
+    store.memory.table.in_flight[:] = 1
+    assert (await http.get("/v1/preview")).json() == {"prompts": []}, "all are in flight: nothing to draw"
+    store.memory.table.in_flight[:] = 0
+    assert (await http.get("/v1/policy?limit=1")).json() == policy
     assert (await http.get("/v1/ledger")).json() == ledger
     metrics = (await http.get("/metrics")).text
     assert 'singlestream_value_store_leased_total{purpose="train"} 4.0' in metrics
@@ -208,13 +269,22 @@ async def test_jobs(http: httpx.AsyncClient, store: Store, redis: Redis, keys: K
     sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
     body = {"purpose": "estimate", "prompt_ids": [ids[0]], "sampling": sampling}
     assert (await http.post("/v1/jobs", json=body)).json()["sampling"] == sampling
-    assert [one["purpose"] for one in (await http.get("/v1/jobs")).json()] == ["estimate", "evaluate"]
+    first = (await http.get("/v1/jobs", params={"limit": 1})).json()
+    second = (await http.get("/v1/jobs", params={"limit": 1, "cursor": first["cursor"]})).json()
+    assert [one["purpose"] for page in (first, second) for one in page["jobs"]] == ["estimate", "evaluate"]
+    assert second["cursor"] is None
+    assert (await http.get("/v1/jobs")).json() == {"jobs": [*first["jobs"], *second["jobs"]], "cursor": None}
+    for bad in ("limit=1001", "cursor=rubbish"):
+        assert (await http.get(f"/v1/jobs?{bad}")).status_code == 422
     unknown = await http.post("/v1/jobs", json={"purpose": "estimate", "prompt_ids": ["f" * 16]})
     assert unknown.status_code == 409
     endless = {"prompt_ids": ids, "sampling": {**sampling, "top_k": 10**30}}
     for bad in ({"split": "train"}, {}, {"split": "eval", "prompt_ids": ids}, endless):
         assert (await http.post("/v1/jobs", json={"purpose": "evaluate", **bad})).status_code == 422
     assert (await http.get("/v1/jobs/0123456789ab")).status_code == 404
+    assert (await http.post("/v1/jobs/0123456789ab/cancel")).status_code == 404
+    assert await evaluations.cancel_job(store, "0123456789ab") is None, "it may have been dropped meanwhile"
+    assert store.waiting_for is None, "that puts nothing in doubt"
 
 
 async def test_training_is_run_paused_and_stopped(http: httpx.AsyncClient) -> None:
@@ -271,33 +341,20 @@ async def test_a_store_that_is_not_ready_says_what_it_waits_for(redis: Redis, ke
         assert (await http.post("/v1/prompts", json=bodies(1))).status_code == 503
 
 
-async def test_tokens(redis: Redis, keys: Keys) -> None:
-    tokens = {"read_token": "r", "write_token": "w", "host": "0.0.0.0"}  # noqa: S104
-    store = Store(make_config(keys, value_store=tokens), redis)
-    await wake(store)
-    async with client_of(store) as http:
+async def test_only_redis_is_said_to_be_away(
+    http: httpx.AsyncClient, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [one] = await put(http, bodies(1))
+    for error, status, says in (
+        (RedisConnectionError("gone"), 503, "Redis is away: gone"),
+        (Fenced("another value store has taken over"), 503, "another value store has taken over"),
+        (OSError(errno.ENOSPC, "No space left on device"), 500, "the value store failed on this request"),
+    ):
 
-        async def status(method: str, path: str, token: str | None) -> int:
-            headers = {"Authorization": f"Bearer {token}"} if token else {}
-            return (
-                await http.request(method, path, json=[] if method == "POST" else None, headers=headers)
-            ).status_code
+        async def fail(ids: Sequence[str], error: Exception = error) -> list[Prompt | None]:
+            raise error
 
-        assert [await status("GET", "/v1/training", token) for token in (None, "x", "r", "w")] == [401, 403, 200, 200]
-        assert [await status("POST", "/v1/prompts", token) for token in (None, "x", "r", "w")] == [401, 403, 403, 200]
-        assert [await status("GET", "/metrics", token) for token in (None, "r")] == [401, 200]
-        assert [await status("GET", path, None) for path in ("/healthz", "/readyz")] == [200, 200]
-
-
-async def test_off_loopback_without_tokens_is_refused(redis: Redis, keys: Keys) -> None:
-    for tokens in ({}, {"read_token": "r"}, {"write_token": "w"}):
-        store = Store(make_config(keys, value_store={"host": "10.0.0.1", **tokens}), redis)
-        with pytest.raises(ConfigError, match="must be set"):
-            make_app(store, store.config.value_store)
-
-
-async def test_a_foreign_host_name_is_refused_where_no_token_is_asked_for(http: httpx.AsyncClient) -> None:
-    for host, status in (("evil.example", 400), ("[::1", 400), ("", 400), ("localhost:81", 200), ("[::1]:81", 200)):
-        reply = await http.get("/v1/training", headers={"Host": host})
-        assert reply.status_code == status, host
-    assert "loopback name" in (await http.get("/v1/training", headers={"Host": "evil.example"})).json()["detail"]
+        monkeypatch.setattr(store, "fetch_prompts", fail)
+        reply = await http.get(f"/v1/prompts/{one}")
+        assert reply.status_code == status
+        assert reply.json()["detail"].startswith(says)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import time
 
 import numpy as np
 import pytest
 from redis.asyncio import Redis
 
 from services.value_store import loops, posterior
+from services.value_store.ending import end
 from services.value_store.evidence import decode_entries
-from services.value_store.issuing import demand, parse_replicas, split_demand
 from services.value_store.jobs import Job
 from services.value_store.memory import load_memory
-from services.value_store.prompts import Refused
-from services.value_store.service import end
+from services.value_store.recent import Recent
 from services.value_store.store import NotReady, Store
-from singlestream.contracts import EndOfRun, PosteriorUpdate, Sampling, Tombstone, decode, decode_closing, encode
+from services.value_store.table import Table, new_record
+from singlestream.contracts import EndOfRun, PosteriorUpdate, Sampling, decode_closing, encode
 from singlestream.errors import Fenced
 from singlestream.streams import Keys
 from tests.services.value_store.world import (
-    Running,
     World,
     evidence,
     make_config,
@@ -56,6 +52,10 @@ def same_memory(a: Store, b: object) -> None:
     assert one.open == two.open  # type: ignore[attr-defined]
     assert one.cursors == two.cursors  # type: ignore[attr-defined]
     assert one.state == two.state  # type: ignore[attr-defined]
+    jobs, others = one.jobs, two.jobs  # type: ignore[attr-defined]
+    assert {name: (job.finished_at_s, job.error) for name, job in jobs.items()} == {
+        name: (job.finished_at_s, job.error) for name, job in others.items()
+    }
     mine = sorted(
         zip(one.table.id_number, one.table.records(np.arange(len(one.table))), one.table.in_flight, strict=True)
     )
@@ -63,13 +63,11 @@ def same_memory(a: Store, b: object) -> None:
     assert mine == sorted(zip(other.id_number, other.records(np.arange(len(other))), other.in_flight, strict=True))
 
 
-async def test_what_a_killed_replica_reported_last_goes_after_an_hour(redis: Redis, keys: Keys) -> None:
-    store, _ = await start(redis, keys)
-    await redis.hset(keys.replicas, "killed", json.dumps({"slots": 4, "in_use": 4, "at_s": time.time() - 3601}))
-    for _ in range(2):
-        await loops._wanted(store)
-    assert [replica.name for replica in store.replicas] == ["r1"]
-    assert await redis.hkeys(keys.replicas) == [b"r1"]
+async def test_a_lease_names_its_prompts_source(redis: Redis, keys: Keys) -> None:
+    store, world = await start(redis, keys, prompts=2)
+    await store.upsert(make_prompts(2, source="other"), [None] * 2)
+    assert await store.issue(4) == 4
+    assert sorted(held.lease.source for held in await world.take()) == ["other", "other", "s", "s"]
 
 
 async def test_a_lease_counts_once(redis: Redis, keys: Keys) -> None:
@@ -203,6 +201,7 @@ async def test_memory_is_what_redis_holds(redis: Redis, keys: Keys) -> None:
     store, world = await start(redis, keys)
     job = Job("0123456789ab", "evaluate", [p.prompt_id for p in make_prompts(3)], 2, SAMPLING, 1.0)
     await store.create_job(job)
+    await loops._wanted(store)
     await store.issue(7)
     for held in (await world.take())[::2]:
         await world.replica.emit(held, make_trajectory(held.lease, 1.0))
@@ -315,6 +314,37 @@ async def test_a_moved_cursor_stops_a_change(redis: Redis, keys: Keys) -> None:
     assert (await world.ledger())["train"].outstanding == 1
 
 
+async def test_a_reader_that_forgets_its_cancellation_does_not_hold_the_store_up(redis: Redis, keys: Keys) -> None:
+    """As redis-py's may on Python 3.11, where the stream is busy."""
+    store, world = await start(redis, keys)
+    await store.issue(4)
+    await world.play()
+    await world.train()
+    await redis.hset(keys.cursors, keys.posterior_updates, "1-1")  # the first change is refused
+    read, forgotten = store.streams.read_stream, False
+
+    async def forgetful(stream: str, after: str, count: int, block_ms: int | None) -> list[tuple[str, bytes, bytes]]:
+        nonlocal forgotten
+        more = [("9-9", b"", b"")]
+        if after == "9-9":
+            return more  # as long as there is room
+        if store.rebuilds == 1 and after != "0-0":
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                forgotten = True
+                return more
+        return await read(stream, after, count, block_ms)
+
+    store.streams.read_stream = forgetful  # type: ignore[method-assign]
+    tasks = [asyncio.create_task(work) for work in (store.keep_ready(), loops.follow_updates(store))]
+    try:
+        await until(lambda: store.memory.ended["train"].get("trained") == 4, "the updates, after the doubt")
+        assert forgotten
+    finally:
+        await end(tasks)
+
+
 async def test_a_restarted_redis_is_noticed_by_the_write_itself(redis: Redis, keys: Keys) -> None:
     store, _ = await start(redis, keys)
     await redis.script_flush()  # what a restart does to the script cache
@@ -322,6 +352,15 @@ async def test_a_restarted_redis_is_noticed_by_the_write_itself(redis: Redis, ke
         await store.issue(1)
     await wake(store)
     assert await store.issue(1) == 1
+
+
+def test_v_hat_of_all_rows_is_computed_only_where_a_snapshot_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, recent, computed = Table(), Recent(), []
+    table.put(["0" * 16], [new_record(0.5, 0.5, "train", "s", 0.0)])
+    monkeypatch.setattr(Table, "v_hat", property(lambda self: computed.append(1) or posterior.v_hat([0.5], [0.5])))
+    for now_s in (0.0, 1.0, 4.9, 5.0, 6.0):
+        recent.snapshot(now_s, table)
+    assert len(computed) == len(recent.snapshots) == 2
 
 
 async def test_no_training_lease_before_its_time(redis: Redis, keys: Keys) -> None:
@@ -393,107 +432,3 @@ async def test_failed_items_are_leased_again_at_most_three_times(redis: Redis, k
     assert await store.issue(100) == 0
     counts = (await world.ledger())["evaluate"]
     assert (counts.leased, counts.ended["scored"], counts.ended["failed"]) == (5, 1, 4)
-
-
-async def test_a_job_and_training_share_the_demand(redis: Redis, keys: Keys) -> None:
-    store, world = await start(redis, keys)
-    ids = [p.prompt_id for p in make_prompts(10)]
-    await store.create_job(Job("0123456789ab", "evaluate", ids, 1, SAMPLING, 1.0))
-    assert await store.issue(6) == 6
-    assert [held.lease.purpose for held in await world.take()].count("train") == 3
-
-
-@pytest.mark.parametrize(
-    ("wanted", "jobs", "training", "shares"),
-    [(6, 10, 10, (3, 3)), (6, 1, 10, (1, 5)), (6, 10, 1, (5, 1)), (5, 9, 9, (3, 2)), (4, 0, 0, (0, 0))],
-)
-def test_demand_is_shared(wanted: int, jobs: int, training: int, shares: tuple[int, int]) -> None:
-    assert split_demand(wanted, jobs, training) == shares
-
-
-def test_demand_follows_slots_and_what_is_unread() -> None:
-    assert demand(slots=0, held=0, unread=0) == 0
-    assert demand(slots=64, held=0, unread=0) == 64 + 16
-    assert demand(slots=64, held=64, unread=0) == 16
-    assert demand(slots=64, held=64, unread=20) == 0
-    assert demand(slots=4, held=9, unread=1) == 7
-
-
-def test_a_report_that_cannot_be_read_counts_for_nothing() -> None:
-    good = json.dumps({"slots": 4, "in_use": 1, "version": None, "lineage": None, "at_s": 100.0}).encode()
-    raw = {b"a": good, b"b": b"rubbish", b"c": b"[1]", b"d": b'{"slots": 4}'}
-    [replica] = parse_replicas(raw)
-    assert replica.name == "a"
-    assert replica.alive(109.0)
-    assert not replica.alive(110.1)
-
-
-async def test_early_stop(redis: Redis, keys: Keys) -> None:
-    store, world = await start(redis, keys)
-    await store.issue(8)
-    held = await world.take(3)
-    assert await store.set_training("stopped") == "stopping"
-    await store.wind_down()
-    assert store.memory.state == "stopping"  # three leases are still with the replica
-    cancelled = [one for one in await world.read() if isinstance(one, Tombstone)]
-    assert sorted(one.lease_id.split(":")[2] for one in cancelled) == list("45678")
-    assert {one.reason for one in cancelled} == {"cancelled"}
-    assert await store.issue(5) == 0
-    await world.replica.hand_over(held[0], None, count_attempt=False)
-    for one in held[1:]:
-        await world.replica.emit(one, make_trajectory(one.lease, 1.0))
-    await store.wind_down()
-    assert store.memory.state == "stopped"
-    entries = [decode(fields[b"m"]) for _, fields in await redis.xrange(keys.trajectories)]
-    assert isinstance(entries[-1], EndOfRun)
-    assert len(entries) == 8 + 1
-    await world.learner.send_updates([evidence(make_trajectory(one.lease, 1.0)) for one in held[1:]])
-    await settle(store)
-    counts = (await world.ledger())["train"]
-    assert (counts.outstanding, counts.ended["cancelled"], counts.ended["trained"]) == (0, 6, 2)
-    assert not store.memory.table.in_flight.any()
-    with pytest.raises(Refused, match="cannot be taken back"):
-        await store.set_training("running")
-    assert await store.set_training("stopped") == "stopped"
-
-
-async def test_a_finished_run_goes_on_when_it_is_made_longer(redis: Redis, keys: Keys) -> None:
-    store, world = await start(redis, keys, total_steps=1)
-    await store.issue(8)
-    await world.play()
-    await world.train()
-    await settle(store)
-    assert store.memory.state == "finished"
-    longer = Store(make_config(keys, total_steps=2), redis)
-    await wake(longer)
-    assert longer.memory.state == "paused"
-    await longer.set_training("running")
-    assert await longer.issue(8) == 4
-
-
-async def test_a_run_ends_by_itself(redis: Redis, keys: Keys) -> None:
-    """With its loops: every trajectory of every step, no more, and then training is finished."""
-    config = make_config(keys, total_steps=6)
-    world = World(redis, keys)
-    async with Running(Store(config, redis)) as store:
-        await world.start()
-        await store.upsert(make_prompts(12), [None] * 12)
-        await store.set_training("running")
-        await world.publish(0)
-        kinds = iter(["trained", "stale", "trained", "trained"] * 1000)
-
-        async def turn() -> bool:
-            await world.report()
-            await world.play(lambda lease: float(int(lease.answer) % 2))
-            outstanding = (await world.ledger())["train"].outstanding
-            assert outstanding <= 8
-            await world.learner.send_updates([evidence(one, next(kinds)) for one in await world.read()])
-            return store.memory.state == "finished"
-
-        await until(turn, "the run to finish")
-        counts = (await world.ledger())["train"]
-        assert counts.ended["trained"] == 24
-        assert counts.outstanding == 0
-        assert counts.ended["stale"] >= 6
-        assert store.memory.calibration.brier is not None
-        assert math.isclose(store.memory.calibration.sums[:, 0].sum(), counts.leased)

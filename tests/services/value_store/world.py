@@ -12,9 +12,9 @@ from typing import Any
 from redis.asyncio import Redis
 
 from services.value_store import loops
+from services.value_store.ending import end
 from services.value_store.evidence import decode_entries
 from services.value_store.prompts import Prompt
-from services.value_store.service import end
 from services.value_store.store import Store
 from singlestream.config import Config
 from singlestream.contracts import (
@@ -193,7 +193,7 @@ class Running:
                 raise result
 
 
-async def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> None:
+async def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0, every_s: float = 0.02) -> None:
     """Wait for a condition, plain or awaitable."""
     started = time.monotonic()
     while True:
@@ -203,4 +203,4 @@ async def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.
         if met:
             return
         assert time.monotonic() - started < deadline_s, f"waited {deadline_s} s for {what}"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(every_s)
