@@ -29,6 +29,12 @@ ROOT = Path(__file__).resolve().parents[3]
 SLOTS = 4
 RESPONSE_TOKENS = 400
 START_S = 400.0
+ADD = """
+for one = 1, #ARGV, 2 do
+    local entry = redis.call("XADD", KEYS[1], "*", "id", ARGV[one], "m", ARGV[one + 1])
+    redis.call("HSET", KEYS[2], ARGV[one], entry)
+end
+"""
 
 
 class Service:
@@ -97,6 +103,7 @@ class Service:
 
     async def add(self, count: int, version: int, question: str | None = None) -> tuple[int, int]:
         """Leases of long generations (the policy never ends); returns the first number and that after the last."""
+        arguments: list[str | bytes] = []
         for _ in range(count):
             self.leases += 1
             one = Lease(
@@ -111,8 +118,8 @@ class Service:
                 sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0),
                 issued_at_s=time.time(),
             )
-            entry = await self.redis.xadd(self.keys.leases("train"), {"id": one.lease_id, "m": encode(one)})
-            await self.redis.hset(self.keys.live, one.lease_id, entry)
+            arguments += [one.lease_id, encode(one)]
+        await self.redis.eval(ADD, 2, self.keys.leases("train"), self.keys.live, *arguments)
         return self.leases - count + 1, self.leases + 1
 
     async def reports(self) -> dict[str, dict[str, Any]]:
@@ -141,8 +148,8 @@ class Service:
         started = time.monotonic()
         while not enough(told := await self.reports()):
             assert time.monotonic() - started < START_S, f"waited for {what}: {told}"
-            if await self.redis.xlen(self.keys.leases("train")) < 4 * SLOTS:
-                await self.add(SLOTS, version, question)
+            if await self.redis.xlen(self.keys.leases("train")) < 12 * SLOTS:  # or a slow test starves them
+                await self.add(4 * SLOTS, version, question)
             await asyncio.sleep(0.05)
 
     async def ended(self, count: int, deadline_s: float = START_S) -> list[Trajectory]:

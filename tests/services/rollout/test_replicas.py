@@ -168,6 +168,10 @@ async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) ->
         )
         first = service.leases + 1
         await service.feed(0, lambda told: told[guest]["in_use"], "episodes on the new node")
+        later_s = (await service.reports())[guest]["at_s"] + 2.0  # by then they have tokens
+        await service.feed(
+            0, lambda told: told[guest]["at_s"] > later_s and told[guest]["in_use"], "episodes on the new node"
+        )
         node.send_signal(signal.SIGTERM)
         await service.feed(0, lambda told: guest not in told, "its hand-over, while all are busy")
         ended = (await service.ended(service.leases))[before:]
