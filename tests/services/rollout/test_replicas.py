@@ -18,7 +18,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from singlestream.contracts import Lease, decode
+from singlestream.contracts import Lease, Trajectory, decode
 from singlestream.streams import GROUP
 from tests.services.rollout.service import RESPONSE_TOKENS, START_S, Service, running
 
@@ -151,8 +151,8 @@ async def test_a_frozen_and_a_killed_replica_lose_no_lease(service: Service) -> 
     await service.until(lambda told: set(told) - {frozen, living}, 1, "new replicas, from Serve")
 
 
-async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) -> None:
-    await service.until(lambda told: told, 1, "replicas")
+async def node_joins_and_leaves(service: Service) -> tuple[str, list[Trajectory]]:
+    """A node joins, works and is stopped; returns its replica and what has ended from its first lease on."""
     before = await service.redis.xlen(service.keys.trajectories)
     [address] = re.findall(r"nodes join it at (\S+)", (service.folder / "log").read_text())
     # the service's Ray asks for its token, which lies in the user's home
@@ -168,10 +168,6 @@ async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) ->
         )
         first = service.leases + 1
         await service.feed(0, lambda told: told[guest]["in_use"], "episodes on the new node")
-        later_s = (await service.reports())[guest]["at_s"] + 2.0  # by then they have tokens
-        await service.feed(
-            0, lambda told: told[guest]["at_s"] > later_s and told[guest]["in_use"], "episodes on the new node"
-        )
         node.send_signal(signal.SIGTERM)
         await service.feed(0, lambda told: guest not in told, "its hand-over, while all are busy")
         ended = (await service.ended(service.leases))[before:]
@@ -182,11 +178,19 @@ async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) ->
         print((service.folder / "node.log").read_text())
     expected = range(first, service.leases + 1)
     assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in expected)
-    carried = [one for one in ended if guest in {s.replica for s in one.segments} and len(one.segments) > 2]
+    assert await service.redis.hlen(service.keys.draining) == 0
+    return guest, ended
+
+
+async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) -> None:
+    await service.until(lambda told: told, 1, "replicas")
+    for _ in range(5):  # all of its episodes may have just begun, without a token yet: they start and end together
+        guest, ended = await node_joins_and_leaves(service)
+        if carried := [one for one in ended if {s.replica for s in one.segments[1:]} > {guest}]:
+            break
     assert carried
     assert all(sum(len(s.token_ids) for s in one.segments[1:]) == RESPONSE_TOKENS for one in carried)
     assert min(one.attempts for one in carried) == 1, FEW
-    assert await service.redis.hlen(service.keys.draining) == 0
 
 
 async def test_a_session_stays_with_its_replica(service: Service) -> None:
