@@ -20,7 +20,7 @@ import pytest_asyncio
 
 from singlestream.contracts import Lease, Trajectory, decode
 from singlestream.streams import GROUP
-from tests.services.rollout.service import RESPONSE_TOKENS, START_S, Service, running
+from tests.services.rollout.service import RESPONSE_TOKENS, SLOTS, START_S, Service, running
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(900)]
 
@@ -29,6 +29,8 @@ MANY = 80
 LEASE_TIMEOUT_S = 10.0
 """Longer than a busy machine lets a replica stand still: only the one that the test stops loses its leases."""
 SETTLE_S = 60.0
+TRIES = 5
+"""A replica's episodes start and end together, so all may have just begun, without a token to hand over."""
 FEW = "an orderly hand-over counts no attempt; a machine that stands still for the short time-out may, for some"
 
 
@@ -184,7 +186,7 @@ async def node_joins_and_leaves(service: Service) -> tuple[str, list[Trajectory]
 
 async def test_a_node_joins_and_hands_over_before_it_leaves(service: Service) -> None:
     await service.until(lambda told: told, 1, "replicas")
-    for _ in range(5):  # all of its episodes may have just begun, without a token yet: they start and end together
+    for _ in range(TRIES):
         guest, ended = await node_joins_and_leaves(service)
         if carried := [one for one in ended if {s.replica for s in one.segments[1:]} > {guest}]:
             break
@@ -225,7 +227,9 @@ async def test_every_replica_hears_the_operator(service: Service) -> None:
         assert (await client.post("/v1/control", json={"action": "explode"})).status_code == 422
 
 
-async def test_a_replica_that_is_scaled_away_hands_over(service: Service) -> None:
+async def scaled_away(service: Service) -> tuple[set[str], list[Trajectory]]:
+    """One of two replicas is scaled away while both are busy; returns the two and what has ended from then on."""
+    await service.scale(2)
     pair = set(await service.until(lambda told: told, 2, "replicas"))
     before = await service.redis.xlen(service.keys.trajectories)
     first = service.leases + 1
@@ -236,8 +240,15 @@ async def test_a_replica_that_is_scaled_away_hands_over(service: Service) -> Non
     ended = (await service.ended(service.leases))[before:]
     expected = range(first, service.leases + 1)
     assert Counter(one.lease_id for one in ended) == Counter(f"train:0000abcd:{n}" for n in expected)
-    # what one had sampled stands there, and the other went on from those tokens
-    carried = [one for one in ended if len({s.replica for s in one.segments[1:]}) > 1]
+    return pair, ended
+
+
+async def test_a_replica_that_is_scaled_away_hands_over(service: Service) -> None:
+    for _ in range(TRIES):
+        pair, ended = await scaled_away(service)
+        # what one had sampled stands there, and the other went on from those tokens
+        if carried := [one for one in ended if len({s.replica for s in one.segments[1:]}) > 1]:
+            break
     assert carried
     for one in carried:
         assert {s.replica for s in one.segments[1:]} == pair
@@ -292,7 +303,10 @@ async def test_the_openai_client_works(service: Service) -> None:
 
 async def test_a_stopped_service_hands_everything_over(service: Service) -> None:
     before = await service.redis.xlen(service.keys.trajectories)
-    await service.add(MANY, 1)
+    for _ in range(SLOTS):  # one after the other, so that some have tokens whenever they are stopped
+        await service.add(1, 1)
+        await asyncio.sleep(0.15)
+    await service.add(MANY - SLOTS, 1)
     await service.busy(1)
     children = psutil.Process(service.process.pid).children(recursive=True)
     service.process.send_signal(signal.SIGTERM)
